@@ -1,0 +1,113 @@
+"""``data`` and ``tokenizer``: where samples come from and how they become tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from clipscale.config.fields import fixed, free, group
+
+
+class Builtin(Enum):
+    """Data that clipscale renders itself."""
+
+    none = "none"
+    shapes = "shapes"
+
+
+@dataclass
+class Shapes:
+    """Size of the built-in scenes; used when ``data.builtin=shapes``."""
+
+    train: int = fixed(8192)
+    """Training samples."""
+    val: int = fixed(600)
+    """Validation samples, each with a caption of its own."""
+    classes: int = fixed(240)
+    """Held-out compositions, the zero-shot classes."""
+    per_class: int = fixed(4)
+    """Zero-shot images per class."""
+    image_size: int = fixed(64)
+    """Side of the rendered images in pixels."""
+    seed: int = fixed(0)
+    """Seed of the scenes."""
+    shuffle_captions: bool = fixed(False)
+    """A control: training captions are dealt to other images, so every metric must stay at chance."""
+
+
+@dataclass
+class TrainSet:
+    """Training shards."""
+
+    shards: Any = fixed(None)
+    """Shard names: brace patterns, `::` between sources, or a YAML list (one source per entry); relative names
+    resolve against `data.root`."""
+    weights: list[float] | None = fixed(None)
+    """Passes over each source per epoch, in the order of the sources; null is 1 for each."""
+
+
+@dataclass
+class ValSet:
+    """Held-out pairs for validation loss and retrieval."""
+
+    shards: Any = free(None)
+    """Shard names as in `data.train.shards`; null turns validation off."""
+    group_key: str = free("caption")
+    """What makes two samples the same in retrieval: `caption`, or `json:FIELD`."""
+
+
+@dataclass
+class ZeroshotSet:
+    """Labelled images for zero-shot classification."""
+
+    shards: Any = free(None)
+    """Shard names as in `data.train.shards`; null turns zero-shot evaluation off."""
+    classes: str | None = free(None)
+    """JSON file with `classnames` and `templates` (and `baselines` to print beside the score)."""
+    label_key: str = free("json:label")
+    """Where a sample's class index stands: `json:FIELD` or a member such as `cls`."""
+
+
+@dataclass
+class Data:
+    """Samples, their order and their decoding."""
+
+    builtin: Builtin = fixed(Builtin.none)
+    """Data rendered on this machine instead of shards of yours."""
+    shapes: Shapes = group(Shapes)
+    root: str | None = free(None)
+    """Directory against which relative shard names resolve; data may move between resumes."""
+    train: TrainSet = group(TrainSet)
+    val: ValSet = group(ValSet)
+    zeroshot: ZeroshotSet = group(ZeroshotSet)
+    image_keys: list[str] = fixed(["jpg", "jpeg", "png", "webp"])
+    """Members of a sample that may hold the image, in order of preference."""
+    caption_key: str = fixed("txt")
+    """Where the caption stands: a member such as `txt`, or `json:FIELD`; of a list, one caption is drawn per view."""
+    crop_scale: list[float] = fixed([0.9, 1.0])
+    """Area range of the random resized crop, as shares of the image; [1, 1] with crop_ratio [1, 1] is no crop."""
+    crop_ratio: list[float] = fixed([0.75, 1.3333333333333333])
+    """Aspect-ratio range of the random resized crop."""
+    max_pixels: int = fixed(100_000_000)
+    """Images with more pixels are refused before they are decoded, and counted."""
+    workers: int = free(2)
+    """Loader processes per rank; 0 decodes in the training process."""
+    streams: int | None = fixed(None)
+    """Canonical streams V: divides global_batch_size, and world sizes divide it. null: the largest divisor of
+    global_batch_size up to 512. Recorded for the life of a run."""
+    window: int | None = fixed(None)
+    """Samples per shuffle window W of a stream. null: as many as keep V windows within 2 GiB a node, 16 to 4,096.
+    Recorded for the life of a run."""
+    trace: bool = free(False)
+    """Write the keys of every batch to RUN/trace/rank*.jsonl."""
+
+
+@dataclass
+class Tokenizer:
+    """The tokenizer, from open_clip_torch."""
+
+    name: str = fixed("clip")
+    """`clip` (OpenAI's byte-pair encoding) or any open_clip model name or `hf-hub:` name, whose tokenizer is used."""
+    context_length: int | None = fixed(None)
+    """Tokens per caption; null takes the model's. Must not exceed model.context_length."""

@@ -1,0 +1,93 @@
+"""``optim``, ``schedule``, ``precision``, ``ema`` and ``loss``: how the weights move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from clipscale.config.fields import event, fixed
+
+
+class LossName(Enum):
+    """Contrastive losses over the global batch."""
+
+    clip = "clip"
+    siglip = "siglip"
+
+
+class ScheduleName(Enum):
+    """Learning-rate schedules, all in samples."""
+
+    cosine = "cosine"
+    constant = "constant"
+    wsd = "wsd"
+
+
+class PrecisionName(Enum):
+    """Arithmetic of the towers; the loss and the master weights are fp32 in each."""
+
+    fp32 = "fp32"
+    amp_bf16 = "amp_bf16"
+    amp_fp16 = "amp_fp16"
+
+
+@dataclass
+class Loss:
+    """The contrastive loss and the start of its temperature."""
+
+    name: LossName = fixed(LossName.clip)
+    """Softmax (`clip`) or pairwise sigmoid (`siglip`) loss."""
+    init_logit_scale: float = fixed(14.285714285714285)
+    """First value of the multiplier on cosine similarities: 1/0.07 in CLIP, 10 in SigLIP."""
+    init_logit_bias: float = fixed(0.0)
+    """First value of the bias on logits; only the sigmoid loss has one (-10 in SigLIP)."""
+    max_logit_scale: float | None = fixed(100.0)
+    """The multiplier is clamped to [1, this] after every step; null leaves it free (SigLIP)."""
+
+
+@dataclass
+class Optim:
+    """AdamW."""
+
+    lr: float = event(5e-4)
+    """Peak learning rate."""
+    weight_decay: float = event(0.2)
+    """Decoupled weight decay; gains, biases, class tokens and the temperature are exempt."""
+    beta1: float = event(0.9)
+    """AdamW's first decay rate."""
+    beta2: float = event(0.98)
+    """AdamW's second decay rate (CLIP: 0.98 for ViT, 0.999 for ResNet)."""
+    eps: float = event(1e-6)
+    """AdamW's epsilon (CLIP: 1e-6 for ViT, 1e-8 for ResNet)."""
+    clip_grad_norm: float | None = event(None)
+    """Largest global gradient norm; null does not clip."""
+
+
+@dataclass
+class Schedule:
+    """Learning rate against samples seen."""
+
+    name: ScheduleName = event(ScheduleName.cosine)
+    """`cosine` decays to min_lr_ratio, `constant` stays, `wsd` stays and then decays linearly at the end."""
+    warmup_samples: int = event(0)
+    """Samples over which the rate rises linearly from 0."""
+    min_lr_ratio: float = event(0.0)
+    """Last learning rate over the peak (cosine and wsd)."""
+    decay_fraction: float = event(0.2)
+    """Share of the run over which `wsd` decays."""
+
+
+@dataclass
+class Precision:
+    """Arithmetic of the towers."""
+
+    name: PrecisionName = event(PrecisionName.fp32)
+    """fp32, or autocast to bf16 / fp16 (the latter with a gradient scaler)."""
+
+
+@dataclass
+class Ema:
+    """Exponential moving average of the weights; evaluation and `clipscale.load` use it when it is on."""
+
+    decay: float | None = fixed(None)
+    """Decay per step; null keeps no average."""

@@ -1,0 +1,109 @@
+"""Cross-field checks: every mistake at once, each with the override that mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from clipscale.config.data import Builtin
+from clipscale.config.schema import Config
+from clipscale.errors import ConfigError
+
+MAX_STREAMS = 512
+
+
+def default_streams(global_batch_size: int) -> int:
+    """The largest divisor of the global batch up to 512: as many ranks as possible may share the order."""
+    return next(v for v in range(min(MAX_STREAMS, global_batch_size), 0, -1) if global_batch_size % v == 0)
+
+
+def validate(config: Config, world: int) -> None:
+    """Check that ``world`` processes can run this configuration. Raises ConfigError that lists all that is wrong."""
+    found = [*_sizes(config), *_batch(config, world), *_data(config), *_training(config)]
+    if len(found) == 1:
+        raise ConfigError(found[0])
+    if found:
+        raise ConfigError(f"{len(found)} mistakes:" + "".join(f"\n  - {line}" for line in found))
+
+
+def _positive(**values: float | int) -> Iterator[str]:
+    for key, value in values.items():
+        if not value > 0:
+            yield f"{key.replace('__', '.')}={value} must be above 0"
+
+
+def _sizes(config: Config) -> Iterator[str]:
+    yield from _positive(
+        global_batch_size=config.global_batch_size,
+        total_samples=config.total_samples,
+        optim__lr=config.optim.lr,
+        cluster__nodes=config.cluster.nodes,
+        cluster__processes_per_node=config.cluster.processes_per_node,
+        eval__batch_size=config.eval.batch_size,
+        tracking__log_every_steps=config.tracking.log_every_steps,
+        checkpoint__keep_last=config.checkpoint.keep_last,
+        distributed__timeout_s=config.distributed.timeout_s,
+        loss__init_logit_scale=config.loss.init_logit_scale,
+        model__context_length=config.model.context_length,
+    )
+    if config.data.workers < 0:
+        yield f"data.workers={config.data.workers} must be 0 or more"
+    if config.data.window is not None and config.data.window < 1:
+        yield f"data.window={config.data.window} must be 1 or more; null chooses it"
+
+
+def _batch(config: Config, world: int) -> Iterator[str]:
+    batch = config.global_batch_size
+    if batch < 1:
+        return
+    if batch % world:
+        nearest = max(world, round(batch / world) * world)
+        yield f"global_batch_size={batch} is not divisible by {world} processes; use global_batch_size={nearest}"
+        return
+    streams = config.data.streams or default_streams(batch)
+    if config.data.streams is not None and (config.data.streams < 1 or batch % config.data.streams):
+        yield (
+            f"data.streams={config.data.streams} does not divide global_batch_size={batch}; "
+            f"use data.streams={default_streams(batch)}"
+        )
+    elif streams % world:
+        usable = max((v for v in range(world, batch + 1, world) if batch % v == 0 and v <= 4096), default=batch)
+        yield f"data.streams={streams} is not divisible by {world} processes; use data.streams={usable}"
+
+
+def _data(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.builtin is Builtin.none and not data.train.shards:
+        yield "data.train.shards is empty: give shards, e.g. data.train.shards='/data/{00000..00099}.tar', or data=shapes"
+    if data.zeroshot.shards and not data.zeroshot.classes:
+        yield "data.zeroshot.shards needs data.zeroshot.classes=FILE.json (or data.zeroshot.shards=null)"
+    if len(data.crop_scale) != 2 or not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+        yield f"data.crop_scale={data.crop_scale} must be two shares of the image, e.g. data.crop_scale=[0.9,1.0]"
+    if len(data.crop_ratio) != 2 or not 0 < data.crop_ratio[0] <= data.crop_ratio[1]:
+        yield f"data.crop_ratio={data.crop_ratio} must be two aspect ratios, e.g. data.crop_ratio=[0.75,1.3333]"
+    length = config.tokenizer.context_length
+    if length is not None and length > config.model.context_length:
+        yield (
+            f"tokenizer.context_length={length} exceeds model.context_length={config.model.context_length}; "
+            f"use tokenizer.context_length=null or model.context_length={length}"
+        )
+
+
+def _training(config: Config) -> Iterator[str]:
+    if config.schedule.warmup_samples >= config.total_samples > 0:
+        yield (
+            f"schedule.warmup_samples={config.schedule.warmup_samples} is not below total_samples="
+            f"{config.total_samples}; use schedule.warmup_samples={config.total_samples // 10}"
+        )
+    if config.parallel.activation_checkpointing not in ("none", "full"):
+        yield (
+            f"parallel.activation_checkpointing={config.parallel.activation_checkpointing}: choose none or full"
+        )
+    if config.ema.decay is not None and not 0 < config.ema.decay < 1:
+        yield f"ema.decay={config.ema.decay} must lie between 0 and 1, e.g. ema.decay=0.999; null turns it off"
+    if config.optim.clip_grad_norm is not None and config.optim.clip_grad_norm <= 0:
+        yield f"optim.clip_grad_norm={config.optim.clip_grad_norm} must be above 0; null does not clip"
+    if config.model.text.width % config.model.text.heads:
+        yield (
+            f"model.text.width={config.model.text.width} is not divisible by model.text.heads="
+            f"{config.model.text.heads}"
+        )

@@ -1,0 +1,210 @@
+"""Batches: each is the same array, in the same order, for every number of ranks and workers."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from clipscale.data.order import KeyedRandom, SampleOrder, mix
+from clipscale.data.samples import (
+    BadSample,
+    ImageOptions,
+    Member,
+    decode_image,
+    find_captions,
+    find_image,
+    pack,
+    train_crop,
+)
+from clipscale.data.stream import read_stream
+from clipscale.data.tokenizer import Tokenizer
+
+
+@dataclass
+class Batch:
+    """A batch of pairs, captions without padding.
+
+    ``images`` UInt8[B, 3, S, S]; ``text_ids`` Int32[T], all captions end to end; ``text_lengths`` Int32[B];
+    ``positions`` Int64[streams], where each stream stands after this batch; ``keys``, one per pair.
+    """
+
+    images: torch.Tensor
+    text_ids: torch.Tensor
+    text_lengths: torch.Tensor
+    positions: torch.Tensor
+    keys: list[str]
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    """``(reason, key)`` of every sample that was passed over."""
+    truncated: int = 0
+    """Captions cut to the context length."""
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader's pinning thread."""
+        for name in ("images", "text_ids", "text_lengths"):
+            setattr(self, name, getattr(self, name).pin_memory())
+        return self
+
+    @staticmethod
+    def concatenate(parts: Sequence[Batch]) -> Batch:
+        """Join the parts that the workers made, in stream order."""
+        if len(parts) == 1:
+            return parts[0]
+        return Batch(
+            torch.cat([p.images for p in parts]),
+            torch.cat([p.text_ids for p in parts]),
+            torch.cat([p.text_lengths for p in parts]),
+            torch.cat([p.positions for p in parts]),
+            [key for p in parts for key in p.keys],
+            [bad for p in parts for bad in p.bad],
+            sum(p.truncated for p in parts),
+        )
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How a raw sample becomes tensors."""
+
+    image_keys: tuple[str, ...]
+    caption_key: str
+    image: ImageOptions
+    seed: int
+
+
+@dataclass
+class _StreamReader(IterableDataset):  # type: ignore[type-arg]
+    """Partial batches of the streams that one worker owns: a contiguous, equal-as-possible share of the rank's."""
+
+    order: SampleOrder
+    paths: Sequence[Path]
+    streams: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    per_stream: int
+    options: SampleOptions
+    tokenizer: Tokenizer
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        number, workers = (info.id, info.num_workers) if info else (0, 1)
+        streams = np.array_split(self.streams, workers)[number]
+        positions = np.array_split(self.positions, workers)[number].copy()
+        readers = [
+            read_stream(self.order, self.paths, int(v), int(p)) for v, p in zip(streams, positions, strict=True)
+        ]
+        while True:
+            yield self._batch(streams, readers, positions)
+
+    def _batch(
+        self,
+        streams: NDArray[np.int64],
+        readers: Sequence[Iterator[tuple[int, Member]]],
+        positions: NDArray[np.int64],
+    ) -> Batch:
+        images: list[torch.Tensor] = []
+        captions: list[NDArray[np.int32]] = []
+        keys: list[str] = []
+        bad: list[tuple[str, str]] = []
+        truncated = 0
+        for i, reader in enumerate(readers):
+            wanted = len(keys) + self.per_stream
+            while len(keys) < wanted:
+                position, sample = next(reader)
+                positions[i] = position + 1
+                random = KeyedRandom(self.options.seed, int(streams[i]), position)
+                try:
+                    image, ids, cut = self._prepare(sample, random)
+                except BadSample as error:
+                    bad.append((str(error), sample.key))
+                    self._give_up_if_all_bad(bad, positions[i])
+                    continue
+                images.append(image)
+                captions.append(ids)
+                keys.append(sample.key)
+                truncated += cut
+        ids, lengths = pack(captions)
+        return Batch(
+            torch.stack(images), ids, lengths, torch.from_numpy(positions.copy()), keys, bad, truncated
+        )
+
+    def _prepare(self, sample: Member, random: KeyedRandom) -> tuple[torch.Tensor, NDArray[np.int32], bool]:
+        if sample.problem:
+            raise BadSample(sample.problem)
+        captions = find_captions(sample, self.options.caption_key)
+        caption = captions[random.below(len(captions))]
+        image = decode_image(find_image(sample, self.options.image_keys), self.options.image.max_pixels)
+        return train_crop(image, self.options.image, random), *self.tokenizer.encode(caption)
+
+    def _give_up_if_all_bad(self, bad: Sequence[tuple[str, str]], position: int) -> None:
+        # Without this, a set in which nothing is usable would be read round and round for ever.
+        total = sum(shard.samples for shard in self.order.shards)
+        if len(bad) >= min(total, 10_000):
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(r for r, _ in bad).most_common(5))
+            raise UnusableDataError(f"{len(bad)} samples in a row are unusable: {reasons}")
+
+
+class UnusableDataError(RuntimeError):
+    """No sample of the training data can be used."""
+
+
+class TrainLoader:
+    """Endless batches of this rank's share of the order.
+
+    Args:
+        order: the global order.
+        paths: the shards, in the order's numbering.
+        positions: Int64[V], where every stream stands.
+        rank, world: this rank and the number of ranks; ``world`` divides V.
+        global_batch_size: B; V divides it.
+        workers: decoding processes; 0 decodes here.
+    """
+
+    def __init__(
+        self,
+        order: SampleOrder,
+        paths: Sequence[Path],
+        positions: NDArray[np.int64],
+        *,
+        rank: int,
+        world: int,
+        global_batch_size: int,
+        options: SampleOptions,
+        tokenizer: Tokenizer,
+        workers: int,
+        pin_memory: bool,
+    ) -> None:
+        mine = np.array_split(np.arange(order.streams), world)[rank]
+        reader = _StreamReader(
+            order, paths, mine, positions[mine], global_batch_size // order.streams, options, tokenizer
+        )
+        self._parts = max(1, min(workers, len(mine)))
+        context = None
+        if workers:
+            # Not fork: the training process has threads. The server imports once, and every worker is a copy of it.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["clipscale.data.loader", "open_clip"])
+        self._loader = DataLoader(
+            reader,
+            batch_size=None,
+            num_workers=self._parts if workers else 0,
+            multiprocessing_context=context,
+            prefetch_factor=4 if workers else None,
+            pin_memory=pin_memory,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        # The DataLoader takes from its workers in turn, so as many items as there are workers are one batch.
+        items = iter(self._loader)
+        while True:
+            yield Batch.concatenate([next(items) for _ in range(self._parts)])
+
+
+def step_seed(seed: int, samples_seen: int, rank: int) -> int:
+    """Seed of everything random in a step on one rank (dropout, stochastic depth); derived, never saved."""
+    return mix(seed, samples_seen, rank) >> 1

@@ -1,0 +1,168 @@
+"""One sample: bytes in, a uint8 image and token ids out; what cannot be used is refused with a reason."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from clipscale.data.order import KeyedRandom
+
+
+class BadSample(Exception):
+    """A sample that cannot be trained on; the message is the reason under which it is counted."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A raw sample: ``shard-file-name/sample-key`` and its members by lower-case suffix."""
+
+    key: str
+    members: dict[str, bytes]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How training images are cut: side in pixels, ranges of area share and aspect ratio, largest pixel count."""
+
+    size: int
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    max_pixels: int
+
+
+def find_image(sample: Member, image_keys: Sequence[str]) -> bytes:
+    """The bytes of a sample's image. Raises BadSample when it has none."""
+    for key in image_keys:
+        if key in sample.members:
+            return sample.members[key]
+    raise BadSample("no_image")
+
+
+def find_field(sample: Member, key: str) -> Any:
+    """The value at ``json:FIELD`` or of a member as text. Raises BadSample when it is absent or unreadable."""
+    if key.startswith("json:"):
+        field = key.removeprefix("json:")
+        try:
+            return json.loads(sample.members["json"])[field]
+        except KeyError:
+            raise BadSample(f"no_{field}") from None
+        except (ValueError, TypeError):
+            raise BadSample("bad_json") from None
+    if key not in sample.members:
+        raise BadSample("no_caption" if key == "txt" else f"no_{key}")
+    try:
+        return sample.members[key].decode()
+    except UnicodeDecodeError:
+        raise BadSample("bad_text_encoding") from None
+
+
+def find_captions(sample: Member, caption_key: str) -> list[str]:
+    """All captions of a sample, at least one. Raises BadSample when there is none."""
+    value = find_field(sample, caption_key)
+    captions = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    kept = [caption.strip() for caption in captions if isinstance(caption, str) and caption.strip()]
+    if not kept:
+        raise BadSample("empty_caption")
+    return kept
+
+
+def decode_image(data: bytes, max_pixels: int) -> torch.Tensor:
+    """Decode to RGB, UInt8[3, H, W], upright, transparency on white. Raises BadSample.
+
+    Plain JPEGs take torchvision's decoder, several times faster than PIL and equal to it; PIL does the rest.
+    """
+    if not data:
+        raise BadSample("empty_image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL warns about large images; max_pixels decides
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > max_pixels:
+                raise BadSample("too_many_pixels")
+            if image.format == "JPEG" and image.mode in ("RGB", "L") and not _is_turned(image):
+                return _decode_jpeg(data, image)
+            return _to_rgb(image)
+    except BadSample:
+        raise
+    except Exception as error:
+        raise BadSample("undecodable_image") from error
+
+
+def _is_turned(image: Image.Image) -> bool:
+    return image.getexif().get(0x0112, 1) != 1
+
+
+def _decode_jpeg(data: bytes, image: Image.Image) -> torch.Tensor:
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except RuntimeError:
+        return _to_rgb(image)  # libjpeg refuses some files that PIL reads, and the other way round
+
+
+def _to_rgb(image: Image.Image) -> torch.Tensor:
+    image.load()  # raises on truncated data, before any conversion hides it
+    if image.mode.startswith("I"):  # 16-bit: PIL would clip it to white
+        values = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((values / 257.0).clip(0, 255).astype(np.uint8))
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def train_crop(image: torch.Tensor, options: ImageOptions, random: KeyedRandom) -> torch.Tensor:
+    """CLIP's only augmentation, a random resized crop (paper, section 2.3): UInt8[3, H, W] to UInt8[3, S, S]."""
+    height, width = image.shape[-2:]
+    low, high = np.log(options.crop_ratio)
+    for _ in range(10):
+        area = height * width * random.uniform(*options.crop_scale)
+        ratio = float(np.exp(random.uniform(low, high)))
+        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            top, left = random.below(height - h + 1), random.below(width - w + 1)
+            break
+    else:  # no such crop fits: the largest central one whose ratio is allowed
+        ratio = min(max(width / height, options.crop_ratio[0]), options.crop_ratio[1])
+        w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
+        top, left = (height - h) // 2, (width - w) // 2
+    return _resize(image[:, top : top + h, left : left + w], (options.size, options.size))
+
+
+def eval_crop(image: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize the shorter side and cut the centre: UInt8[3, H, W] to UInt8[3, S, S]; CLIP's evaluation transform."""
+    height, width = image.shape[-2:]
+    # The longer side is rounded down, as torchvision's Resize does.
+    image = _resize(image, (size if height <= width else int(size * height / width),
+                            size if width <= height else int(size * width / height)))  # fmt: skip
+    return F.center_crop(image, [size, size])
+
+
+def _resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    if tuple(image.shape[-2:]) == size:
+        return image.contiguous()
+    return F.resize(image, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+
+
+def preprocess(image: Image.Image, size: int) -> torch.Tensor:
+    """A PIL image as a model takes it: UInt8[3, S, S]."""
+    return eval_crop(_to_rgb(image), size)
+
+
+def pack(captions: Sequence[NDArray[np.int32]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids laid end to end, Int32[T], and their lengths, Int32[B]."""
+    lengths = torch.tensor([len(ids) for ids in captions], dtype=torch.int32)
+    return torch.from_numpy(np.concatenate(captions)), lengths

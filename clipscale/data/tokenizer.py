@@ -1,0 +1,83 @@
+"""Captions to token ids, by open_clip's tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from clipscale.config.data import Tokenizer as TokenizerConfig
+from clipscale.config.model import Model
+from clipscale.errors import ConfigError
+
+# OpenAI's byte-pair encoding is the tokenizer of every open_clip model that does not name another one.
+CLIP_MODEL = "ViT-B-32"
+
+
+class Tokenizer:
+    """A tokenizer with a fixed context length.
+
+    Calling it with captions gives Int64[B, L], padded with zeros, as ``model.encode_text`` takes it.
+
+    Args:
+        name: ``clip``, an open_clip model name, or an ``hf-hub:`` name.
+        context_length: most tokens per caption, start and end tokens included.
+    """
+
+    def __init__(self, name: str, context_length: int) -> None:
+        self.name, self.context_length = name, context_length
+        self._impl = _load(name, context_length)
+        self._is_bpe = hasattr(self._impl, "sot_token_id")
+        self.eot_id = int(self._impl.eot_token_id if self._is_bpe else self._impl.tokenizer.eos_token_id)
+        self.vocab_size = int(self._impl.vocab_size if self._is_bpe else len(self._impl.tokenizer))
+
+    def encode(self, caption: str) -> tuple[NDArray[np.int32], bool]:
+        """Token ids Int32[length] without padding, and whether the caption was cut to the context length."""
+        if self._is_bpe:
+            ids = [self._impl.sot_token_id, *self._impl.encode(caption), self.eot_id]
+        else:
+            ids = list(self._impl.tokenizer(self._impl.clean_fn(caption))["input_ids"])
+        cut = len(ids) > self.context_length
+        if cut:
+            ids = [*ids[: self.context_length - 1], self.eot_id]
+        return np.array(ids, dtype=np.int32), cut
+
+    def __call__(self, captions: str | Sequence[str]) -> torch.Tensor:
+        """Int64[B, L] for B captions, padded with zeros to the context length L."""
+        captions = [captions] if isinstance(captions, str) else captions
+        out = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
+        for row, caption in zip(out, captions, strict=True):
+            ids, _ = self.encode(caption)
+            row[: len(ids)] = torch.from_numpy(ids)
+        return out
+
+
+def build_tokenizer(config: TokenizerConfig, model: Model) -> Tokenizer:
+    """The configured tokenizer; raises ConfigError when the model's text tower cannot take its ids."""
+    tokenizer = Tokenizer(config.name, config.context_length or model.context_length)
+    if tokenizer.vocab_size > model.text.vocab_size:
+        raise ConfigError(
+            f"tokenizer.name={config.name} has {tokenizer.vocab_size} tokens, the text tower takes "
+            f"{model.text.vocab_size}; use model.text.vocab_size={tokenizer.vocab_size}"
+        )
+    if tokenizer.eot_id != model.text.eot_id:
+        raise ConfigError(
+            f"tokenizer.name={config.name} ends captions with id {tokenizer.eot_id}, the text tower pools at "
+            f"{model.text.eot_id}; use model.text.eot_id={tokenizer.eot_id}"
+        )
+    return tokenizer
+
+
+def _load(name: str, context_length: int) -> Any:
+    import open_clip  # slow to import, and `clipscale.data` is imported by tools that need no tokenizer
+
+    try:
+        return open_clip.get_tokenizer(CLIP_MODEL if name == "clip" else name, context_length=context_length)
+    except Exception as error:
+        known = open_clip.list_models()
+        if not name.startswith("hf-hub:") and name not in known:
+            raise ConfigError(f"tokenizer.name={name}: not `clip`, an open_clip model name or an hf-hub: name") from None
+        raise ConfigError(f"tokenizer.name={name} could not be loaded: {str(error).splitlines()[0]}") from None

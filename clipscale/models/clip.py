@@ -1,0 +1,112 @@
+"""The dual encoder."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clipscale.config import load_group
+from clipscale.config.model import Model
+from clipscale.models.init import initialize
+from clipscale.models.text import TextTower
+from clipscale.models.vision import VisionTower
+
+
+class Features(NamedTuple):
+    """What the loss needs: ``image`` and ``text`` Float[B, D], L2-normalised fp32; the multiplier and the bias on
+    their similarities, Float[1]; the bias is None for the softmax loss."""
+
+    image: torch.Tensor
+    text: torch.Tensor
+    logit_scale: torch.Tensor
+    logit_bias: torch.Tensor | None
+
+
+class Temperature(nn.Module):
+    """The learned multiplier (and bias) on similarities.
+
+    A module of its own so that sharding keeps it in fp32: rounding a log-temperature to bf16 changes it by 0.7 %.
+    Shape (1,), because FSDP2 refuses scalars.
+    """
+
+    def __init__(self, logit_scale: float, logit_bias: float | None) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(logit_scale)], dtype=torch.float32))
+        self.logit_bias = None
+        if logit_bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor([logit_bias], dtype=torch.float32))
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.logit_scale.float().exp(), None if self.logit_bias is None else self.logit_bias.float()
+
+
+class CLIP(nn.Module):
+    """Two towers into one space.
+
+    ``model.logit_scale`` is the parameter, the logarithm of the multiplier, Float[1].
+    """
+
+    def __init__(self, config: Model, *, logit_scale: float = 1 / 0.07, logit_bias: float | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisionTower(config)
+        self.text = TextTower(config.text, config.context_length, config.embed_dim, config.activation)
+        self.temperature = Temperature(logit_scale, logit_bias)
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """The log of the multiplier on cosine similarities, Float[1]."""
+        return self.temperature.logit_scale
+
+    def forward(self, images: torch.Tensor, text_ids: torch.Tensor, text_lengths: torch.Tensor) -> Features:
+        """Features of a batch of B pairs: ``images`` as VisionTower takes them, captions packed as in ``Batch``."""
+        image = _normalize(self.visual(images))
+        text = _normalize(self.text(text_ids, text_lengths))
+        return Features(image, text, *self.temperature())
+
+    def encode_image(self, images: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        """Float[B, D] of UInt8[B, 3, S, S] (normalised inside) or Float[B, 3, S, S] (taken as normalised already)."""
+        features = self.visual(images)
+        return _normalize(features) if normalize else features
+
+    def encode_text(
+        self, text: Any, lengths: torch.Tensor | None = None, normalize: bool = False
+    ) -> torch.Tensor:
+        """Float[B, D] of captions.
+
+        ``text`` is padded ids Int64[B, L] as the tokenizer gives them, or packed ids Int[T] with ``lengths`` Int[B],
+        or a loader's ``Batch``. Raises ValueError for a caption without an end, or longer than the context.
+        """
+        if hasattr(text, "text_ids"):
+            text, lengths = text.text_ids, text.text_lengths
+        if lengths is None:
+            text, lengths = self.text.pack(text)
+        features = self.text(text, lengths)
+        return _normalize(features) if normalize else features
+
+
+def build_model(
+    config: Model | str, *, seed: int = 0, logit_scale: float = 1 / 0.07, logit_bias: float | None = None
+) -> CLIP:
+    """A freshly initialised model: ``build_model("vit_b_32")`` takes an option of the ``model`` group by its name.
+
+    The same seed gives the same weights on every machine and for every layout. Raises ConfigError for an unknown name.
+    """
+    if isinstance(config, str):
+        config = load_group("model", config, Model)
+    with torch.random.fork_rng(devices=[]):
+        # Architectures whose weights initialize() leaves to timm are drawn here.
+        torch.manual_seed(seed)
+        model = CLIP(config, logit_scale=logit_scale, logit_bias=logit_bias)
+    initialize(model, seed)
+    return model
+
+
+def _normalize(features: torch.Tensor) -> torch.Tensor:
+    # In fp32 whatever autocast says: the epsilon of a normalisation lies below fp16's smallest number.
+    with torch.autocast(features.device.type, enabled=False):
+        return F.normalize(features.float(), dim=-1)

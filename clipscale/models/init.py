@@ -1,0 +1,113 @@
+"""CLIP's initialisation, drawn parameter by parameter.
+
+Every parameter has a generator seeded by its own name, so that the same seed gives the same model on one CPU and on
+512 GPUs, however it is sharded. Values follow section 2.5 of the CLIP paper and its reference implementation.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from clipscale.models.clip import CLIP
+
+
+def initialize(model: CLIP, seed: int) -> None:
+    """Set the weights of the text tower, the projections, and of CLIP's own ViTs and ResNets.
+
+    Other timm architectures keep the initialisation that timm gave them.
+    """
+    layers, width = len(model.text.blocks), model.text.norm.normalized_shape[0]
+    is_vit = hasattr(model.visual.trunk, "patch_embed") and hasattr(model.visual.trunk, "blocks")
+    is_clip_resnet = isinstance(model.visual.proj, nn.Identity)
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        tower, _, inner = name.partition(".")
+        drawn: tuple[str, float] | None = None
+        if tower == "text":
+            drawn = _text(inner, leaf, width, layers)
+        elif name == "visual.proj.weight":
+            drawn = ("normal", parameter.shape[1] ** -0.5)
+        elif inner.startswith("trunk.") and is_vit:
+            drawn = _vit(inner.removeprefix("trunk."), leaf, parameter)
+        elif inner.startswith("trunk.") and is_clip_resnet:
+            drawn = _resnet(inner.removeprefix("trunk."), leaf, parameter, modules)
+        if drawn is not None:
+            _draw(parameter, *drawn, seed=zlib.crc32(name.encode()) + (seed << 32), path=path)
+
+
+def _draw(parameter: nn.Parameter, kind: str, value: float, *, seed: int, path: str) -> None:
+    with torch.no_grad():
+        if kind == "constant":
+            parameter.fill_(value)
+            return
+        generator = torch.Generator().manual_seed(seed)
+        full = torch.empty(parameter.shape, dtype=torch.float32)
+        if kind == "normal":
+            full.normal_(0.0, value, generator=generator)
+        else:
+            full.uniform_(-value, value, generator=generator)
+        parameter.copy_(full)
+
+
+def _norm_or_none(leaf: str, inner: str) -> tuple[str, float] | None:
+    if "norm" in inner:
+        return ("constant", 1.0 if leaf == "weight" else 0.0)
+    return None
+
+
+def _text(inner: str, leaf: str, width: int, layers: int) -> tuple[str, float]:
+    if inner == "token_embedding.weight":
+        return ("normal", 0.02)
+    if inner == "positional_embedding":
+        return ("normal", 0.01)
+    if inner == "proj.weight":
+        return ("normal", width**-0.5)
+    if (norm := _norm_or_none(leaf, inner)) is not None:
+        return norm
+    if inner.endswith("qkv.weight"):
+        return ("normal", width**-0.5)
+    if inner.endswith("fc1.weight"):
+        return ("normal", (2 * width) ** -0.5)
+    if inner.endswith(("attn.proj.weight", "fc2.weight")):
+        return ("normal", width**-0.5 * (2 * layers) ** -0.5)
+    if inner.endswith(("fc1.bias", "fc2.bias")):
+        # The reference leaves these to PyTorch: uniform in 1/sqrt(fan in).
+        return ("uniform", (width if "fc1" in inner else 4 * width) ** -0.5)
+    return ("constant", 0.0)
+
+
+def _vit(inner: str, leaf: str, parameter: nn.Parameter) -> tuple[str, float] | None:
+    width = parameter.shape[-1]
+    if inner in ("cls_token", "pos_embed"):
+        return ("normal", width**-0.5)
+    if (norm := _norm_or_none(leaf, inner)) is not None:
+        return norm
+    if inner.endswith("qkv.weight"):  # Xavier, as torch's MultiheadAttention
+        return ("uniform", math.sqrt(6 / sum(parameter.shape)))
+    if inner.endswith(("qkv.bias", "attn.proj.bias")):
+        return ("constant", 0.0)
+    if leaf == "weight" and parameter.ndim > 1:  # PyTorch's default for linear and convolution
+        return ("uniform", parameter[0].numel() ** -0.5)
+    return None
+
+
+def _resnet(
+    inner: str, leaf: str, parameter: nn.Parameter, modules: dict[str, nn.Module]
+) -> tuple[str, float] | None:
+    if inner == "head.pos_embed":
+        return ("normal", parameter.shape[-1] ** -0.5)
+    if inner.startswith("head."):
+        return ("normal", parameter.shape[-1] ** -0.5) if leaf == "weight" else None
+    if ".bn." in inner or inner.startswith("bn"):
+        last = inner.endswith("conv3_1x1.bn.weight")  # every residual branch starts as zero
+        return ("constant", 0.0 if last or leaf == "bias" else 1.0)
+    if parameter.ndim == 4:
+        return ("uniform", parameter[0].numel() ** -0.5)
+    return None

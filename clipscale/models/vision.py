@@ -1,0 +1,65 @@
+"""The image tower: any timm architecture, and a projection into the shared space."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.layers.attention_pool2d import AttentionPool2d
+from torch import nn
+
+from clipscale.config.model import Activation, Model
+from clipscale.errors import ConfigError
+
+
+class VisionTower(nn.Module):
+    """Images to Float[B, D].
+
+    Takes UInt8[B, 3, S, S], which it normalises itself (four times fewer bytes on their way to the device), or
+    Float[B, 3, S, S], taken as normalised already.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        self.image_size = config.vision.image_size
+        self.trunk = _build_trunk(config)
+        # CLIP's ResNets project inside their attention pool, its ViTs with a bias-free matrix after the last norm.
+        self.proj: nn.Module = nn.Identity()
+        if not isinstance(getattr(self.trunk, "head", None), AttentionPool2d):
+            self.proj = nn.Linear(int(self.trunk.num_features), config.embed_dim, bias=False)
+        for name, values in (("mean", config.mean), ("std", config.std)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.dtype == torch.uint8:
+            images = (images.float() - self.mean) / self.std
+        return self.proj(self.trunk(images))
+
+
+def _build_trunk(config: Model) -> Any:
+    vision = config.vision
+    sizes = dict(patch_size=vision.patch_size, embed_dim=vision.width, depth=vision.layers, num_heads=vision.heads)
+    is_vit = vision.timm.startswith("vit_")
+    options: dict[str, Any] = {"drop_path_rate": vision.drop_path}
+    if is_vit:
+        quick = config.activation is Activation.quickgelu
+        options |= sizes | {"img_size": vision.image_size, "act_layer": "quick_gelu" if quick else "gelu"}
+    elif any(value is not None for value in sizes.values()):
+        raise ConfigError(
+            f"model.vision.timm={vision.timm} is no ViT: leave model.vision.{{patch_size,width,layers,heads}} null"
+        )
+    pools_itself = vision.timm.startswith("resnet") and vision.timm.endswith("_clip")
+    options["num_classes"] = config.embed_dim if pools_itself else 0
+    if pools_itself:
+        options["img_size"] = vision.image_size
+    try:
+        return timm.create_model(vision.timm, **{k: v for k, v in options.items() if v is not None})
+    except RuntimeError as error:
+        if "Unknown model" not in str(error):
+            raise
+        near = timm.list_models(f"*{vision.timm.split('_')[0]}*")[:5]
+        raise ConfigError(f"model.vision.timm={vision.timm}: timm has no such model; near it: {', '.join(near)}") from None
