@@ -15,7 +15,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -105,6 +104,11 @@ class _Line(NamedTuple):
     ends: NDArray[np.int64]
 
 
+class _Epoch(NamedTuple):
+    line: _Line
+    segments: NDArray[np.int64]  # where each stream's segment begins on the line
+
+
 class SampleOrder:
     """The order of all samples for the life of a run.
 
@@ -142,8 +146,7 @@ class SampleOrder:
             raise ValueError(f"streams={streams} and window={window} must be at least 1")
         if not all(self._sizes):
             raise ValueError(f"source {self._sizes.index(0)} has no samples")
-        self._line = lru_cache(maxsize=3)(self._build_line)
-        self._segments = lru_cache(maxsize=3)(self._build_segments)
+        self._epochs: dict[int, _Epoch] = {}
 
     @property
     def fingerprint(self) -> str:
@@ -180,12 +183,13 @@ class SampleOrder:
         number = (position - first) // self.window_size
         start = first + number * self.window_size
         stop = min(start + self.window_size, last)
-        on_line = int(self._segments(epoch)[stream]) + start - first
+        laid_out = self._epoch(epoch)
+        on_line = int(laid_out.segments[stream]) + start - first
         return Window(
             epoch,
             start,
             stop,
-            self._cut(self._line(epoch), on_line, on_line + stop - start),
+            self._cut(laid_out.line, on_line, on_line + stop - start),
             permutation(stop - start, self.seed, epoch, stream, number),
         )
 
@@ -199,12 +203,19 @@ class SampleOrder:
             rank -= piece.stop - piece.start
         raise AssertionError("a window's pieces hold fewer samples than its permutation")
 
-    def _build_line(self, epoch: int) -> _Line:
-        pieces: list[Piece] = []
-        for source in range(len(self._by_source)):
-            pieces += self._share(source, epoch)
-        pieces = [pieces[i] for i in permutation(len(pieces), self.seed, epoch)]
-        return _Line(pieces, np.cumsum([p.stop - p.start for p in pieces], dtype=np.int64))
+    def _epoch(self, epoch: int) -> _Epoch:
+        """An epoch laid out; the last few are kept, since streams cross the edge of an epoch one after another."""
+        if epoch not in self._epochs:
+            pieces: list[Piece] = []
+            for source in range(len(self._by_source)):
+                pieces += self._share(source, epoch)
+            pieces = [pieces[i] for i in permutation(len(pieces), self.seed, epoch)]
+            ends = np.cumsum([p.stop - p.start for p in pieces], dtype=np.int64)
+            lengths = [self.stream_start(epoch + 1, v) - self.stream_start(epoch, v) for v in range(self.streams)]
+            while len(self._epochs) > 2:
+                del self._epochs[min(self._epochs)]
+            self._epochs[epoch] = _Epoch(_Line(pieces, ends), np.cumsum([0, *lengths], dtype=np.int64))
+        return self._epochs[epoch]
 
     def _share(self, source: int, epoch: int) -> list[Piece]:
         """What an epoch takes of a source, which is an endless line of passes, each in an order of its own."""
@@ -220,12 +231,6 @@ class SampleOrder:
             base = number * size
             pieces += self._cut(line, max(start - base, 0), min(stop - base, size))
         return pieces
-
-    def _build_segments(self, epoch: int) -> NDArray[np.int64]:
-        lengths = [
-            self.stream_start(epoch + 1, v) - self.stream_start(epoch, v) for v in range(self.streams)
-        ]
-        return np.cumsum([0, *lengths], dtype=np.int64)
 
     @staticmethod
     def _cut(line: _Line, start: int, stop: int) -> list[Piece]:

@@ -69,10 +69,11 @@ TEXTURES = {
     "ringed": (("ringed",), "with rings"),
 }
 SIZES = {"small": ("small", "little"), "large": ("large", "big")}
+RADII = ({"small": (0.15, 0.20), "large": (0.26, 0.34)}, {"small": (0.13, 0.16), "large": (0.19, 0.235)})
 TEMPLATES = ("a {}", "a photo of a {}", "there is a {}", "a picture of a {}", "an image showing a {}")
 TRIPLES = tuple(itertools.product(COLOURS, SHAPES, TEXTURES))
 # How many alike objects each group of a scene has, and how often such a scene is drawn.
-GROUPINGS = (((1,), 0.50), ((1, 1), 0.24), ((2,), 0.08), ((1, 1, 1), 0.08), ((3,), 0.04), ((2, 1), 0.06))
+GROUPINGS = (((1,), 0.66), ((1, 1), 0.16), ((2,), 0.06), ((1, 1, 1), 0.05), ((3,), 0.03), ((2, 1), 0.04))
 
 
 @dataclass(frozen=True)
@@ -214,8 +215,8 @@ def _scene(draws: _Draws, first: tuple, others: tuple, groups: tuple[int, ...]) 
             triples.append(triple)
     sizes = [draws.choice(tuple(SIZES)) for _ in groups]
     members = [group for group, count in enumerate(groups) for _ in range(count)]
-    large = (0.22, 0.30) if len(members) == 1 else (0.19, 0.235)
-    radii = [round(draws.uniform(*(large if sizes[g] == "large" else (0.14, 0.17))), 4) for g in members]
+    ranges = RADII[len(members) > 1]
+    radii = [round(draws.uniform(*ranges[sizes[g]]), 4) for g in members]
     centres = _centres(draws, radii)
     objects = tuple(
         _Object(*triples[g], sizes[g], *centre, radius, g)
@@ -253,7 +254,7 @@ def _noun_phrase(draws: _Draws, thing: _Object, count: int, full: bool) -> str:
             tail = f" {following}"
         else:
             words.insert(0 if style < 0.7 else 1, draws.choice(adjectives))
-    if draws.chance(0.45):
+    if draws.chance(0.3):
         words.insert(0, draws.choice(SIZES[thing.size]))
     phrase = " ".join([*words, noun]) + tail
     return _article(phrase) if count == 1 else f"{('two', 'three')[count - 2]} {phrase}"
@@ -284,15 +285,15 @@ def _caption(draws: _Draws, scene: _Scene, full: bool) -> str:
     (a, text), extras = phrases[0], []
     if len(scene.objects) == 1:
         style = draws.unit()
-        if style < 0.15:
+        if style < 0.08:
             return f"{_place(draws, a)} there is {text}"
-        extras = [_place(draws, a)] if style < 0.6 else []
+        extras = [_place(draws, a)] if style < 0.25 else []
     elif len(scene.objects) == 2 and len(phrases) == 2 and draws.chance(0.7):
         text = f"{text} {_related(draws, a, phrases[1][0])} {phrases[1][1]}"
     else:
         text = ", ".join(phrase for _, phrase in phrases[:-1])
         text += " and " * (len(phrases) > 1) + phrases[-1][1]
-    if len(scene.objects) < 3 and draws.chance(0.2):
+    if len(scene.objects) < 3 and draws.chance(0.1):
         extras.append(f"on {_article(scene.tone)} background")
     opening = draws.choice(("", "", "", "a photo of ", "a picture of ", "there is " if counts[a.group] == 1 else "we see "))
     return " ".join([opening + text, *extras])

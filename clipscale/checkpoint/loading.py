@@ -1,0 +1,52 @@
+"""A trained model, ready for use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from clipscale.checkpoint.checkpointer import finished_checkpoints, read_tensors
+from clipscale.config import Config, load_config
+from clipscale.data.samples import preprocess
+from clipscale.data.tokenizer import Tokenizer, build_tokenizer
+from clipscale.errors import ClipscaleError
+from clipscale.models import CLIP, build_model
+
+
+def load(
+    run_or_checkpoint: str | Path, device: str = "cpu"
+) -> tuple[CLIP, Callable[[Image.Image], torch.Tensor], Tokenizer]:
+    """What a run trained, as ``(model, preprocess, tokenizer)``; the averaged weights where the run kept an average.
+
+    ``model.encode_image(preprocess(picture)[None])`` and ``model.encode_text(tokenizer(["a caption"]))`` give Float[1, D];
+    ``normalize=True`` gives unit vectors. ``preprocess`` takes a PIL image to UInt8[3, S, S].
+
+    Raises ClipscaleError when there is no finished checkpoint.
+    """
+    path, config = find_checkpoint(Path(run_or_checkpoint))
+    model = build_model(config.model, seed=config.seed, logit_bias=0.0 if config.loss.name.value == "siglip" else None)
+    averaged = config.ema.decay is not None
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+    if averaged:
+        read_tensors(path, {"ema": weights, "model": buffers})
+    else:
+        read_tensors(path, {"model": weights | buffers})
+    model.eval().to(device)
+    tokenizer = build_tokenizer(config.tokenizer, config.model)
+    return model, partial(preprocess, size=config.model.vision.image_size), tokenizer
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Config]:
+    """A checkpoint and the configuration of its run, from a run directory or a checkpoint directory."""
+    run = path.parent.parent if path.name.startswith("step_") else path
+    if not (run / "config.yaml").exists():
+        raise ClipscaleError(f"{path} is neither a run directory nor a checkpoint: {run / 'config.yaml'} does not exist")
+    found = [path] if run != path else finished_checkpoints(run / "checkpoints")
+    if not found or not (found[0] / "manifest.json").exists():
+        raise ClipscaleError(f"{path} has no finished checkpoint yet; train it first: clipscale train")
+    return found[0], load_config(run / "config.yaml")

@@ -1,0 +1,122 @@
+"""The console command. Sub-commands import what they need when they run, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clipscale.errors import ClipscaleError, ExitCode
+
+app = typer.Typer(
+    name="clipscale",
+    help="Train CLIP-style image-text models at any scale, and use what you trained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command(
+    "train",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+    help="Train a model: clipscale train [key=value ...]; clipscale train --help lists the choices.",
+)
+def train_command(context: typer.Context) -> None:
+    raise typer.Exit(train(context.args))
+
+
+@app.command("eval")
+def eval_command(
+    run: Annotated[Path, typer.Argument(help="A run directory or one of its checkpoints.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Evaluate on something else: data.val.shards=… data.zeroshot.classes=…")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Evaluate what a run trained: validation loss, retrieval both ways, zero-shot classification."""
+    from clipscale.apps.evaluate import evaluate
+
+    evaluate(run, overrides or [], device, as_json)
+
+
+@app.command("version")
+def version_command() -> None:
+    """Print the version."""
+    from clipscale import __version__
+
+    print(__version__)
+
+
+def train(arguments: list[str]) -> int:
+    """``clipscale train``: compose once, in one process, then train here or start the ranks. Returns the exit code."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig
+
+    from clipscale.config.compose import config_dir, explain, quote_shards, typed
+
+    codes: list[int] = []
+    overrides = quote_shards(arguments)
+
+    def task(node: DictConfig) -> float | None:
+        choices = HydraConfig.get().runtime.choices
+        given = [str(override) for override in HydraConfig.get().overrides.task]
+        code, objective = start(typed(node), choices.get("experiment") or "custom", given)
+        codes.append(code)
+        return objective
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors come to us, to be told in one line
+    sys.argv = ["clipscale train", *overrides]
+    try:
+        hydra.main(config_path=str(config_dir().absolute()), config_name="config", version_base="1.3")(task)()
+    except ClipscaleError:
+        raise
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):
+            raise explain(error, overrides) from error
+        raise
+    return next((code for code in codes if code), 0)
+
+
+def start(config: "Config", experiment: str, overrides: list[str]) -> tuple[int, float | None]:  # noqa: F821,UP037
+    """Open the run's directory and train it. Returns the exit code and the objective."""
+    from clipscale.config.rundir import open_run, read_result
+
+    cluster = config.cluster
+    if cluster.nodes > 1 or cluster.scheduler.value != "none":
+        raise ClipscaleError(
+            f"cluster.nodes={cluster.nodes}, cluster.scheduler={cluster.scheduler.value}: `clipscale train` starts the "
+            "processes of one machine; use launch/slurm.sbatch, or launch/torchrun.sh on every node, with the same overrides"
+        )
+    run = open_run(config, experiment, overrides, cluster.processes_per_node)
+    if cluster.processes_per_node > 1:
+        from clipscale.launch.local import launch
+
+        code = launch(run.path / "config.yaml", cluster.processes_per_node)
+    else:
+        from clipscale.train import main as train_here
+
+        code = train_here(["--run", str(run.path / "config.yaml")])
+    return int(code), (read_result(run.path) or {}).get("objective")
+
+
+def main() -> None:
+    """Entry point: a mistake of the user's is one line and exit code 2, never a traceback."""
+    try:
+        app()
+    except ClipscaleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(ExitCode.FAILED)
+
+
+if __name__ == "__main__":
+    main()

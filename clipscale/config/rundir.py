@@ -1,0 +1,126 @@
+"""The run directory: its name, its recorded configuration, and whether a command may go on with it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from clipscale.config.compose import load_config, save_config
+from clipscale.config.fields import Resume
+from clipscale.config.resume import differences, identity
+from clipscale.config.schema import Config
+from clipscale.config.validate import default_streams, validate
+from clipscale.errors import ClipscaleError, ConfigError
+
+
+@dataclass
+class Run:
+    """A run on disk, ready to be trained by processes that read ``path/config.yaml``."""
+
+    path: Path
+    config: Config
+    changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Event keys that differ from the recorded configuration, as ``(before, now)``."""
+
+
+def open_run(config: Config, experiment: str, overrides: Sequence[str], world: int) -> Run:
+    """Create the run's directory, or join it if it exists, and record the configuration.
+
+    Raises ConfigError when the configuration cannot be run by ``world`` processes, when a fixed key differs from what
+    the directory records, or when it cannot be written.
+    """
+    validate(config, world)
+    if config.name is None:
+        config.name = f"{experiment}-{identity(config)}"
+    run = Run(Path(config.runs_dir, config.name), config)
+    recorded = run.path / "config.yaml"
+    if recorded.exists():
+        _join(run, load_config(recorded))
+    else:
+        config.data.streams = config.data.streams or default_streams(config.global_batch_size)
+    validate(config, world)
+    try:
+        (run.path / "logs").mkdir(parents=True, exist_ok=True)
+        save_config(config, recorded)
+        (run.path / "overrides.txt").write_text("".join(f"{override}\n" for override in overrides))
+    except OSError as error:
+        raise ConfigError(f"{run.path} cannot be written ({error.strerror}); set runs_dir or name") from None
+    for key, (before, now) in run.changes.items():
+        log_event(run.path, "config_changed", key=key, before=before, now=now)
+    return run
+
+
+def _join(run: Run, stored: Config) -> None:
+    config = run.config
+    changed = differences(stored, config)
+    if changed[Resume.fixed]:
+        lines = "".join(f"\n  {key}: {a!r} in the run, {b!r} now" for key, (a, b) in changed[Resume.fixed].items())
+        raise ConfigError(f"{run.path} is a run of another configuration; choose another name=…{lines}")
+    if config.total_samples < stored.total_samples:
+        raise ConfigError(
+            f"total_samples={config.total_samples} is less than the {stored.total_samples} of {run.path}; "
+            "choose another name=… for a shorter run"
+        )
+    config.data.streams, config.data.window = stored.data.streams, stored.data.window
+    run.changes = changed[Resume.event]
+
+
+def log_event(path: Path, event: str, **details: Any) -> None:
+    """Append a line to the run's ``events.jsonl``."""
+    row = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **details}
+    with (path / "events.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def count_events(path: Path, event: str) -> int:
+    """How often an event is in the run's ``events.jsonl``."""
+    try:
+        return sum(json.loads(line)["event"] == event for line in (path / "events.jsonl").read_text().splitlines())
+    except FileNotFoundError:
+        return 0
+
+
+def lock(path: Path) -> IO[str]:
+    """Hold the run against a second process; the lock goes with the returned file. Raises ClipscaleError if held."""
+    file = (path / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise ClipscaleError(f"{path} is being trained by process {file.read().strip()}; wait, or choose name=…") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def write_result(path: Path, status: str, exit_code: int, *, first: bool = False, **details: Any) -> bool:
+    """Write ``result.json``; with ``first`` only if there is none. Returns whether it was written."""
+    content = json.dumps({"status": status, "exit_code": exit_code, **details}, indent=2) + "\n"
+    target = path / "result.json"
+    scratch = path / f".result.{os.getpid()}.tmp"
+    scratch.write_text(content)
+    try:
+        if first:
+            os.link(scratch, target)  # fails if another rank was there before
+        else:
+            scratch.replace(target)
+    except FileExistsError:
+        return False
+    finally:
+        scratch.unlink(missing_ok=True)
+    return True
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """What ``result.json`` says, or None."""
+    try:
+        return json.loads((path / "result.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None

@@ -1,0 +1,1 @@
+"""Process groups, the collectives of the loss, and what starts and ends them."""

@@ -1,0 +1,75 @@
+"""Collectives that autograd understands.
+
+Our own, on ``all_gather_into_tensor`` and ``reduce_scatter_tensor``: torch's differentiable ones are deprecated in one
+supported version and absent in another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Group = dist.ProcessGroup | None
+
+
+def world_size(group: Group = None) -> int:
+    """Ranks of a group; 1 without an initialised process group."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank(group: Group = None) -> int:
+    """This process's place in a group; 0 without an initialised process group."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        everyone = local.new_empty(world_size(group) * local.shape[0], *local.shape[1:])
+        dist.all_gather_into_tensor(everyone, local.contiguous(), group=group)
+        return everyone
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        mine = gradient.new_empty(gradient.shape[0] // world_size(ctx.group), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(mine, gradient.contiguous(), op=dist.ReduceOp.SUM, group=ctx.group)
+        return mine, None
+
+
+def gather(local: torch.Tensor, group: Group = None) -> torch.Tensor:
+    """Concatenate Float[n, ...] of all ranks to Float[W·n, ...], in rank order.
+
+    Backward: each rank gets the sum over ranks of the gradients of its own part. Every rank must bring the same shape.
+    """
+    return local if world_size(group) == 1 else _Gather.apply(local, group)
+
+
+def average(value: torch.Tensor, group: Group = None) -> torch.Tensor:
+    """The mean over ranks of a detached tensor; not differentiable."""
+    value = value.detach().clone()
+    if world_size(group) > 1:
+        dist.all_reduce(value, group=group)
+        value /= world_size(group)
+    return value
+
+
+def total(value: torch.Tensor, group: Group = None) -> torch.Tensor:
+    """The sum over ranks of a detached tensor; not differentiable."""
+    value = value.detach().clone()
+    if world_size(group) > 1:
+        dist.all_reduce(value, group=group)
+    return value
+
+
+def gather_rows(local: torch.Tensor, group: Group = None) -> torch.Tensor:
+    """Concatenate Float[n_r, ...] whose number of rows differs between ranks; not differentiable."""
+    if world_size(group) == 1:
+        return local
+    counts = gather(torch.tensor([local.shape[0]], device=local.device), group).tolist()
+    padded = local.new_zeros(max(counts), *local.shape[1:])
+    padded[: local.shape[0]] = local
+    everyone = gather(padded, group).split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])

@@ -1,0 +1,89 @@
+"""Where this process runs: rank, world size, device, and the process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from clipscale.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among its peers."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to the user."""
+        return self.rank == 0
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun (or any launcher that sets its variables) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def connect() -> dist.Store:
+    """The store that torchrun's ranks share; usable before there is a process group."""
+    store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
+    return store
+
+
+def share(store: dist.Store, key: str, make: Callable[[], str]) -> str:
+    """Let rank 0 make a text and all ranks have it."""
+    # A restarted attempt meets the same store, so the key carries the attempt.
+    key = f"{key}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if int(os.environ["RANK"]) == 0:
+        text = make()
+        store.set(key, text)
+        return text
+    return store.get(key).decode()
+
+
+def start(device: str, timeout_s: float, store: dist.Store | None = None) -> Runtime:
+    """Choose the device and, under torchrun, start the process group (nccl on CUDA, gloo elsewhere).
+
+    Raises ConfigError when CUDA is asked for and there is none.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no CUDA device here; use device=cpu or device=auto")
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {local_rank} of this node has no GPU of its own ({torch.cuda.device_count()} here); "
+            f"use cluster.processes_per_node={torch.cuda.device_count()}"
+        )
+    place = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(place)
+    if under_torchrun():
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo",
+            store=store or connect(),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=place if use_cuda else None,
+        )
+    return Runtime(rank, world, local_rank, place)
+
+
+def stop() -> None:
+    """End the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

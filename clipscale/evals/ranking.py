@@ -1,0 +1,47 @@
+"""Recall at k under a ranking, and what a random ranking would score.
+
+Ties share their places: a model that maps everything to one point scores chance, not 100 %.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def hit_probability(k: int, better: torch.Tensor, tied: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Chance that a random order of the ties puts a right answer into the first k.
+
+    Args:
+        k: places.
+        better: Int[Q], wrong candidates that score above the best right one.
+        tied: Int[Q], candidates that score the same as the best right one, itself included.
+        right: Int[Q], how many of the tied are right, at least 1.
+
+    Returns:
+        Float64[Q].
+    """
+    places = (k - better).clamp(min=0).minimum(tied)
+    missed = torch.ones_like(better, dtype=torch.float64)
+    for drawn in range(k):  # draw without replacement until the places are full
+        left = (tied - drawn).clamp(min=1)
+        wrong = (tied - right - drawn).clamp(min=0)
+        missed = torch.where(drawn < places, missed * wrong / left, missed)
+    return 1 - missed
+
+
+def hits(scores: torch.Tensor, right: torch.Tensor, ks: tuple[int, ...]) -> dict[int, float]:
+    """Number of hits at each k: ``scores`` Float[Q, C] of C candidates for Q queries, ``right`` Bool[Q, C].
+
+    A query is a hit at k when any of its right candidates is among the k highest.
+    """
+    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    better, tied = (scores > best).sum(1), (scores == best).sum(1)
+    among = ((scores == best) & right).sum(1)
+    return {k: float(hit_probability(k, better, tied, among).sum()) for k in ks}
+
+
+def chance(right_counts: torch.Tensor, candidates: int, ks: tuple[int, ...]) -> dict[int, float]:
+    """Mean recall at each k of a random ranking: Int[Q] right ones among ``candidates``."""
+    nothing = torch.zeros_like(right_counts)
+    everything = torch.full_like(right_counts, candidates)
+    return {k: float(hit_probability(k, nothing, everything, right_counts).mean()) for k in ks}

@@ -1,0 +1,73 @@
+"""Zero-shot classification with prompt ensembles (CLIP paper, section 3.1)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipscale.data.evalset import EvalSet
+from clipscale.errors import DataError
+from clipscale.evals.protocol import EvalContext
+from clipscale.evals.ranking import hits
+
+KS = (1, 5)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Class names, prompt templates with ``{}``, and baselines by name that are printed beside the score."""
+
+    names: list[str]
+    templates: list[str]
+    baselines: dict[str, float]
+
+    @staticmethod
+    def load(path: Path) -> Classes:
+        """Read a JSON file with ``classnames`` and ``templates``; raises DataError when it is not one."""
+        try:
+            content: Any = json.loads(path.read_text())
+            names, templates = list(content["classnames"]), list(content["templates"])
+        except FileNotFoundError:
+            raise DataError(f"data.zeroshot.classes={path} does not exist; set it, or data.zeroshot.shards=null") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"data.zeroshot.classes={path} needs classnames and templates ({error})") from None
+        if not names or not templates or not all("{}" in template for template in templates):
+            raise DataError(f"data.zeroshot.classes={path}: classnames, and templates that hold {{}}, are needed")
+        return Classes(names, templates, dict(content.get("baselines", {})))
+
+
+@dataclass(frozen=True)
+class ZeroshotEvaluator:
+    """``val/zeroshot/top{1,5}``; the items of ``data`` carry one field, the class index."""
+
+    data: EvalSet
+    classes: Classes
+
+    def run(self, context: EvalContext) -> dict[str, float]:
+        """Evaluate; a class is the normalised mean of its prompts' features.
+
+        Raises DataError for a label outside the classes.
+        """
+        image, items, bad = context.encode_images(self.data)
+        labels = torch.tensor([int(item.fields[0]) for item in items])
+        count = len(self.classes.names)
+        if bool(((labels < 0) | (labels >= count)).any()):
+            raise DataError(
+                f"zero-shot labels run from {int(labels.min())} to {int(labels.max())}, there are {count} class names; "
+                "data.zeroshot.classes and data.zeroshot.shards do not belong together"
+            )
+        prompts = [template.format(name) for name in self.classes.names for template in self.classes.templates]
+        features = context.encode_captions(prompts).unflatten(0, (count, -1)).mean(dim=1)
+        features = torch.nn.functional.normalize(features, dim=-1)
+        found = hits(image @ features.T, labels[:, None] == torch.arange(count), KS)
+        metrics = {"val/zeroshot/bad_samples": float(len(bad))}
+        for k in KS:
+            metrics[f"val/zeroshot/top{k}"] = found[k] / len(labels)
+            metrics[f"val/zeroshot/top{k}_chance"] = min(k / count, 1.0)
+        for name, value in self.classes.baselines.items():
+            metrics[f"val/zeroshot/top1_{name.replace(' ', '_')}"] = value
+        return metrics

@@ -1,0 +1,33 @@
+"""Start the ranks of a run on this machine, by torchrun's own agent inside this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from clipscale.config.rundir import read_result
+from clipscale.errors import ExitCode
+
+
+def launch(config_file: Path, processes: int) -> ExitCode:
+    """Train ``RUN/config.yaml`` with ``processes`` local ranks; the exit code is what they wrote to ``result.json``."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # Without this, a restarted rank can meet the address of its dead peer in the agent's store.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
+    arguments = ["--standalone", f"--nproc-per-node={processes}", "-m", "clipscale.train", "--run", str(config_file)]
+    try:
+        torchrun.run(torchrun.parse_args(arguments))
+    except (ChildFailedError, SignalException):
+        pass
+    result = read_result(config_file.parent)
+    if result is None:
+        print(f"error: the ranks ended without a result; see {config_file.parent / 'logs'}", file=sys.stderr)
+        return ExitCode.FAILED
+    return ExitCode(result["exit_code"])

@@ -1,0 +1,52 @@
+"""Exponential moving average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """An fp32 average of a model's parameters, laid out as they are (sharded ones stay sharded).
+
+    A plain list of tensors: torch's AveragedModel copies the module, which FSDP2 refuses.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._names = [name for name, _ in model.named_parameters()]
+        self._parameters = [p for _, p in model.named_parameters()]
+        self._average = [p.detach().clone() for p in self._parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the weights; call it after every optimizer step."""
+        torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the average in the model's place for a while."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The averaged tensors by parameter name."""
+        return dict(zip(self._names, self._average, strict=True))
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Copy averaged tensors in, by parameter name."""
+        for name, tensor in zip(self._names, self._average, strict=True):
+            tensor.copy_(state[name])
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, average in zip(self._parameters, self._average, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)

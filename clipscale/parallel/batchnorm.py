@@ -1,0 +1,82 @@
+"""BatchNorm over the global batch, so that a ResNet trained on many ranks has the gradient of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clipscale.distributed.collectives import total, world_size
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose backward is an all-reduce: the statistics of each rank feed the outputs of all."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return total(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return total(gradient)
+
+
+def _global_statistics(norm: _BatchNorm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    dims = [0, *range(2, x.ndim)]
+    count = x.numel() // x.shape[1] * world_size()
+    x = x.float()
+    mean = _SumOverRanks.apply(x.sum(dims)) / count
+    # Around the mean, in a second reduction: the difference of two large sums would lose the small variances.
+    shape = (1, -1, *([1] * (x.ndim - 2)))
+    variance = _SumOverRanks.apply((x - mean.view(shape)).square().sum(dims)) / count
+    return mean, variance, count
+
+
+def _forward(norm: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
+    if not norm.training:
+        return F.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
+        )
+    mean, variance, count = _global_statistics(norm, x)
+    if norm.track_running_stats:
+        with torch.no_grad():
+            assert norm.running_mean is not None and norm.running_var is not None
+            assert norm.num_batches_tracked is not None and norm.momentum is not None
+            norm.num_batches_tracked += 1
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(variance * (count / max(count - 1, 1)), norm.momentum)
+    shape = (1, -1, *([1] * (x.ndim - 2)))
+    out = (x.float() - mean.view(shape)) * torch.rsqrt(variance.view(shape) + norm.eps)
+    if norm.weight is not None:
+        out = out * norm.weight.view(shape) + norm.bias.view(shape)
+    return out.to(x.dtype)
+
+
+def use_global_batch_statistics(model: nn.Module) -> int:
+    """Make every BatchNorm of ``model`` take its training statistics over all ranks; returns how many there are.
+
+    torch's own SyncBatchNorm does the same on CUDA only. Call it after the process group exists.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if not dist.is_initialized() or world_size() == 1:
+        return len(norms)
+    for norm in norms:
+        _patch(norm)
+    return len(norms)
+
+
+def _patch(norm: _BatchNorm) -> None:
+    # timm's BatchNormAct2d normalises, then drops and activates: only the first of the three is ours.
+    drop, act = getattr(norm, "drop", None), getattr(norm, "act", None)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        x = _forward(norm, x)
+        if drop is not None:
+            x = drop(x)
+        return act(x) if act is not None else x
+
+    norm.forward = forward  # type: ignore[method-assign]

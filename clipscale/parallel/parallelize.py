@@ -1,0 +1,91 @@
+"""Activation checkpointing, then compile, then sharding: one place, in that order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from clipscale.config.running import Parallel
+from clipscale.distributed.collectives import world_size
+from clipscale.errors import ConfigError
+from clipscale.models import CLIP
+from clipscale.parallel.batchnorm import use_global_batch_statistics
+
+
+@dataclass(frozen=True)
+class Parallelized:
+    """``model`` holds the parameters, under their own names; ``module`` is what a training step calls."""
+
+    model: CLIP
+    module: Callable[..., Any]
+    units: int
+
+
+def parallelize(model: CLIP, config: Parallel, device: torch.device) -> Parallelized:
+    """Lay a model out over the default process group (or this process alone).
+
+    Raises ConfigError when the image tower has no blocks to checkpoint or shard by.
+    """
+    model.to(device)
+    use_global_batch_statistics(model)
+    blocks = find_blocks(model)
+    needs_blocks = config.activation_checkpointing != "none" or config.compile or config.strategy.value == "fsdp"
+    if needs_blocks and not blocks["visual"]:
+        raise ConfigError(
+            f"model.vision.timm={model.config.vision.timm}: no blocks found to work by; use parallel=ddp, "
+            "parallel.activation_checkpointing=none and parallel.compile=false"
+        )
+    units = [block for tower in blocks.values() for block in tower]
+    if config.activation_checkpointing == "full":
+        for block in units:
+            # Not torch's checkpoint_wrapper: that renames every parameter below it.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    if config.compile:
+        for block in blocks["visual"]:  # captions have a length of their own in every batch
+            block.compile()
+    module: Callable[..., Any] = model
+    if dist.is_initialized():
+        module = STRATEGIES[config.strategy.value](model, units, device)
+    return Parallelized(model, module, len(units))
+
+
+def find_blocks(model: CLIP) -> dict[str, list[nn.Module]]:
+    """The repeated blocks of each tower: what is recomputed, compiled and sharded as one."""
+    trunk: Any = model.visual.trunk
+    blocks = [*trunk.blocks] if hasattr(trunk, "blocks") else []
+    for stage in getattr(trunk, "stages", []):
+        blocks += [*getattr(stage, "blocks", stage.children())]
+    return {"visual": blocks, "text": [*model.text.blocks]}
+
+
+def _ddp(model: CLIP, units: list[nn.Module], device: torch.device) -> nn.Module:
+    on_gpu = [device] if device.type == "cuda" else None
+    # Buffers are equal by construction: every BatchNorm takes its statistics over all ranks.
+    return DistributedDataParallel(
+        model, device_ids=on_gpu, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
+
+
+def _fsdp(model: CLIP, units: list[nn.Module], device: torch.device) -> nn.Module:
+    mesh = init_device_mesh(device.type, (1, world_size()), mesh_dim_names=("dp_replicate", "dp_shard"))
+    shard = partial(fully_shard, mesh=mesh["dp_shard"])
+    for unit in units:
+        shard(unit)
+    shard(model.temperature, mp_policy=MixedPrecisionPolicy())
+    shard(model)
+    for method in ("encode_image", "encode_text"):
+        register_fsdp_forward_method(model, method)
+    return model
+
+
+STRATEGIES: dict[str, Callable[[CLIP, list[nn.Module], torch.device], nn.Module]] = {"ddp": _ddp, "fsdp": _fsdp}

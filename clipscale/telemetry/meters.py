@@ -1,0 +1,55 @@
+"""Throughput, waiting time and memory over a logging interval."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+
+
+class Meters:
+    """Counts between two calls of :meth:`read`. Nothing here waits for the device; ``read`` may."""
+
+    def __init__(self, device: torch.device, world: int) -> None:
+        self._device, self._world = device, world
+        self._loss: torch.Tensor | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval now: after anything that is not training, such as an evaluation."""
+        self._started, self._samples, self._steps, self._waited = time.perf_counter(), 0, 0, 0.0
+        self._loss = None
+
+    def waited(self, seconds: float) -> None:
+        """Time for which the step had no batch."""
+        self._waited += seconds
+
+    def stepped(self, samples: int, loss: torch.Tensor) -> None:
+        """One optimizer step over ``samples`` pairs of all ranks; ``loss`` stays on the device."""
+        self._samples += samples
+        self._steps += 1
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def read(self) -> dict[str, float]:
+        """The interval's mean loss, rates and memory, and a new interval."""
+        assert self._loss is not None
+        loss = self._loss.item() / self._steps  # the device has finished the interval from here on
+        seconds = time.perf_counter() - self._started
+        rate = self._samples / seconds
+        values = {
+            "train/loss": loss,
+            "train/samples_per_s": rate,
+            "train/samples_per_s_per_gpu": rate / self._world,
+            "train/data_wait_s": self._waited,
+            "train/memory_peak_bytes": float(self._memory()),
+        }
+        self.restart()
+        return values
+
+    def _memory(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,82 @@
+"""Where metrics go. ``metrics.jsonl`` is the truth; the console and the tracker are views of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+from clipscale.config.running import Tracking
+from clipscale.telemetry.console import Console
+from clipscale.telemetry.wandb import WandbSink
+
+
+class Sink(Protocol):
+    """Anything that takes rows of metrics."""
+
+    def log(self, row: dict[str, float]) -> None:
+        """A row of numbers; ``samples_seen`` is the x-axis."""
+
+    def close(self) -> None:
+        """The run is over."""
+
+
+class Jsonl:
+    """``RUN/metrics.jsonl``, a row per line, flushed at once."""
+
+    def __init__(self, path: Path, samples_seen: int) -> None:
+        self._rewind(path, samples_seen)
+        self._file = path.open("a")
+
+    def log(self, row: dict[str, float]) -> None:
+        """Write a row; a non-finite number is written as null, which every JSON reader accepts."""
+        clean = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @staticmethod
+    def _rewind(path: Path, samples_seen: int) -> None:
+        """Move rows past the checkpoint, and a half-written last line, to ``metrics.discarded.jsonl``."""
+        if not path.exists():
+            return
+        kept, dropped = [], []
+        for line in path.read_text().splitlines():
+            try:
+                (kept if json.loads(line)["samples_seen"] <= samples_seen else dropped).append(line)
+            except (ValueError, KeyError):
+                dropped.append(line)
+        if dropped:
+            with path.with_name("metrics.discarded.jsonl").open("a") as file:
+                file.writelines(f"{line}\n" for line in dropped)
+            scratch = path.with_suffix(".tmp")
+            scratch.write_text("".join(f"{line}\n" for line in kept))
+            scratch.replace(path)
+
+
+class Sinks:
+    """All sinks of a run. Only the main rank has any."""
+
+    def __init__(
+        self, run: Path, config: Tracking, settings: dict[str, Any], samples_seen: int, total_samples: int, main: bool
+    ) -> None:
+        self.console = Console(samples_seen, total_samples, main)
+        self._sinks: list[Sink] = []
+        if main:
+            self._sinks = [Jsonl(run / "metrics.jsonl", samples_seen), self.console]
+            if config.mode.value != "disabled":
+                self._sinks.append(WandbSink(run, config, settings, self.console.say))
+
+    def log(self, row: dict[str, float]) -> None:
+        """Hand a row to every sink."""
+        for sink in self._sinks:
+            sink.log(row)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self._sinks:
+            sink.close()

@@ -1,0 +1,360 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from clipscale.checkpoint import Checkpointer, Saved
+from clipscale.config import Config, save_config
+from clipscale.config.fields import leaves
+from clipscale.config.model import model_summary
+from clipscale.config.resume import value_of
+from clipscale.config.rundir import count_events, log_event, write_result
+from clipscale.config.schema import Config as Schema
+from clipscale.data.loader import Batch
+from clipscale.data.tokenizer import build_tokenizer
+from clipscale.distributed.collectives import gather, total, world_size
+from clipscale.distributed.faults import StopRequest
+from clipscale.distributed.runtime import Runtime
+from clipscale.errors import ConfigError, DivergedError, ExitCode
+from clipscale.evals import EvalContext, build_evaluators
+from clipscale.losses import LOSSES
+from clipscale.models import build_model
+from clipscale.optim import Ema, build_optimizer, learning_rate
+from clipscale.parallel import build_scaler, parallelize, towers_autocast
+from clipscale.telemetry import Meters, Sinks
+from clipscale.trainer.build import build_loader, build_train_data, place_data, run_path
+from clipscale.trainer.step import TrainStep, whole
+
+TRUNCATED_WARNING = 0.01
+
+log = logging.getLogger("clipscale")
+
+
+class Trainer:
+    """One run on this rank: everything is built here, and :meth:`fit` trains."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config, self.runtime = config, runtime
+        self.path = run_path(config)
+        self.data = place_data(config.data, runtime)
+        self.train = build_train_data(config, self.data, runtime)
+        self.tokenizer = build_tokenizer(config.tokenizer, config.model)
+        model = build_model(
+            config.model,
+            seed=config.seed,
+            logit_scale=config.loss.init_logit_scale,
+            logit_bias=config.loss.init_logit_bias if config.loss.name.value == "siglip" else None,
+        )
+        laid_out = parallelize(model, config.parallel, runtime.device)
+        self.model = laid_out.model
+        optimizer = build_optimizer(self.model, config.optim)
+        self.ema = Ema(self.model, config.ema.decay) if config.ema.decay is not None else None
+        scaler = build_scaler(config.precision.name, runtime.device)
+        self.step = TrainStep(config, runtime, laid_out.module, self.model, optimizer, scaler, self.ema)
+        image_size = config.model.vision.image_size
+        self.evaluators = build_evaluators(self.data, image_size, config.global_batch_size)
+        self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
+        self.saved = Saved(positions=[0] * self.train.order.streams, fingerprint=self.train.order.fingerprint)
+        self.metrics: dict[str, float] = {}
+        self.bad: Counter[str] = Counter()
+        self.evaluated_at = self.checkpointed_at = -1
+
+    def fit(self) -> ExitCode:
+        """Resume, then step, log, evaluate and save until the samples are seen or somebody asks to stop.
+
+        Returns DONE or PREEMPTED. Raises DivergedError when the loss is no longer a number.
+        """
+        self._resume()
+        config, batch_size = self.config, self.config.global_batch_size
+        if self.saved.samples_seen >= config.total_samples:
+            return self._already_done()
+        self.meters = Meters(self.runtime.device, self.runtime.world)
+        self.sinks = self._open_sinks()
+        stop = StopRequest(self.runtime.device)
+        try:
+            batches = self._batches()
+            while self.saved.samples_seen < config.total_samples:
+                self._train_on(next(batches))
+                if self._due(config.tracking.log_every_steps * batch_size) or self._is_over:
+                    self._log()
+                if self._due(config.eval.every_samples):
+                    self._evaluate()
+                if self._due(config.checkpoint.every_samples):
+                    self._save()
+                if stop.agreed() and not self._is_over:
+                    self._save()
+                    return self._finish(ExitCode.PREEMPTED)
+            self._evaluate()
+            self._save()
+            return self._finish(ExitCode.DONE)
+        finally:
+            stop.release()
+            self.sinks.close()
+
+    @property
+    def _is_over(self) -> bool:
+        return self.saved.samples_seen >= self.config.total_samples
+
+    def _due(self, every_samples: int | None) -> bool:
+        """Whether this step is the first at or past a multiple of ``every_samples``."""
+        if not every_samples:
+            return False
+        seen = self.saved.samples_seen
+        return seen // every_samples > (seen - self.config.global_batch_size) // every_samples
+
+    # ---- step -------------------------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[Batch]:
+        positions = np.array(self.saved.positions, dtype=np.int64)
+        loader = iter(build_loader(self.config, self.train, positions, self.tokenizer, self.runtime))
+        self.meters.restart()
+        while True:
+            started = time.perf_counter()
+            batch = next(loader)
+            self.meters.waited(time.perf_counter() - started)
+            yield batch
+
+    def _train_on(self, batch: Batch) -> None:
+        saved, config = self.saved, self.config
+        after = saved.samples_seen + config.global_batch_size
+        self.lr = learning_rate(config.schedule, config.optim.lr, after, config.total_samples)
+        self.model.train()
+        self.step.zero_grad()
+        loss = self.step(batch, saved.samples_seen, self.lr)
+        saved.samples_seen, saved.step = after, saved.step + 1
+        self.positions = batch.positions
+        self.meters.stepped(config.global_batch_size, loss)
+        self.counts += torch.tensor([len(batch.bad), batch.truncated])
+        for reason, key in batch.bad:
+            self.bad[reason] += 1
+            log.warning("bad sample %s: %s", key, reason)
+        if config.data.trace:
+            self._trace(batch)
+
+    def _trace(self, batch: Batch) -> None:
+        folder = self.path / "trace"
+        folder.mkdir(exist_ok=True)
+        row = {
+            "attempt": self.attempt, "step": self.saved.step, "rank": self.runtime.rank,
+            "world_size": self.runtime.world, "keys": batch.keys,
+        }  # fmt: skip
+        with (folder / f"rank{self.runtime.rank}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    # ---- log --------------------------------------------------------------------------------------------------
+
+    def _log(self) -> None:
+        bad, truncated = self._counts_everywhere()
+        values = self.meters.read() | {
+            "train/lr": self.lr,
+            "train/logit_scale": self.step.logit_scale(),
+            "train/grad_norm": self.step.grad_norm(),
+            "train/bad_samples": float(bad),
+            "train/truncated_captions": float(truncated),
+        }
+        self._emit(values)
+        self._warn(bad, truncated)
+        self.meters.restart()
+        if not math.isfinite(values["train/loss"]):
+            raise DivergedError(
+                f"the loss is {values['train/loss']} at step {self.saved.step}; lower optim.lr (now {self.config.optim.lr}) "
+                f"or set optim.clip_grad_norm, and resume from {self.path / 'checkpoints'} with the same command"
+            )
+
+    def _emit(self, values: dict[str, float]) -> None:
+        self.metrics |= values
+        where = {
+            "samples_seen": self.saved.samples_seen,
+            "step": self.saved.step,
+            "epoch": self.train.order.epoch_at(0, int(self.positions[0])),
+            "time_s": round(self._time_s, 3),
+        }
+        self.sinks.log(where | values)
+
+    @property
+    def _time_s(self) -> float:
+        return self.saved.time_s + time.perf_counter() - self.started
+
+    def _counts_everywhere(self) -> tuple[int, int]:
+        """Bad samples and truncated captions of the whole run, over all ranks."""
+        bad, truncated = total(self.counts.to(self.runtime.device)).tolist()
+        return self.saved.bad_samples + bad, self.saved.truncated_captions + truncated
+
+    def _warn(self, bad: int, truncated: int) -> None:
+        say, seen = self.sinks.console.say, self.saved.samples_seen
+        if bad > self.warned.get("bad", 0):
+            self.warned["bad"] = bad
+            reasons = self._bad_reasons()
+            if self.runtime.is_main:
+                log_event(self.path, "bad_samples", samples_seen=seen, total=bad, reasons=reasons)
+                say(f"warning: {bad} bad samples passed over so far ({_join(reasons)}); keys in {self.path}/logs")
+        if truncated > TRUNCATED_WARNING * seen and "truncated" not in self.warned:
+            self.warned["truncated"] = truncated
+            if self.runtime.is_main:
+                log_event(self.path, "truncated_captions", samples_seen=seen, total=truncated)
+                say(
+                    f"warning: {truncated / seen:.1%} of captions are longer than {self.tokenizer.context_length} tokens "
+                    "and were cut; raise model.context_length"
+                )
+
+    def _bad_reasons(self) -> dict[str, int]:
+        everyone: list[Any] = [self.bad]
+        if world_size() > 1:
+            everyone = [None] * world_size()
+            dist.all_gather_object(everyone, self.bad)
+        return dict(sum(everyone, Counter()).most_common())
+
+    # ---- evaluate, save, finish -------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        if not self.evaluators or self.evaluated_at == self.saved.step:
+            return
+        self.evaluated_at = self.saved.step
+        values: dict[str, float] = {}
+        self.model.eval()
+        with self.ema.applied() if self.ema else nullcontext():
+            context = self._eval_context()
+            for evaluator in self.evaluators:
+                values |= evaluator.run(context)
+        self._emit(values)
+        self.meters.restart()
+
+    def _eval_context(self) -> EvalContext:
+        config = self.config
+        temperature = self.model.temperature
+        scale = whole(temperature.logit_scale.detach()).exp().cpu()
+        bias = None if temperature.logit_bias is None else whole(temperature.logit_bias.detach()).cpu()
+        loss = LOSSES[config.loss.name.value]
+        return EvalContext(
+            self.model,
+            self.tokenizer,
+            self.runtime.device,
+            config.eval.batch_size,
+            partial(towers_autocast, config.precision.name, self.runtime.device),
+            # Features are gathered before this, so every rank takes the loss by itself.
+            lambda image, text: loss(image, text, scale, bias, self.alone),
+        )
+
+    def _save(self) -> None:
+        if self.checkpointed_at == self.saved.step:
+            return
+        self.checkpointed_at = self.saved.step
+        self.saved.bad_samples, self.saved.truncated_captions = self._counts_everywhere()
+        self.counts.zero_()
+        self.saved.positions = gather(self.positions.to(self.runtime.device)).tolist()
+        self.saved.time_s, self.started = self._time_s, time.perf_counter()
+        self.saved.scaler = self.step.scaler.state_dict()
+        ema = self.ema.state_dict() if self.ema else {}
+        self.checkpoints.save(self.model, self.step.optimizer, ema, self.saved)
+        self.meters.restart()
+
+    def _finish(self, code: ExitCode) -> ExitCode:
+        bad = self._bad_reasons()
+        if not self.runtime.is_main:
+            return code
+        say, done = self.sinks.console.say, code is ExitCode.DONE
+        self.sinks.console.close()
+        status = "done" if done else "preempted"
+        objective = self.metrics.get(self.config.eval.objective)
+        write_result(
+            self.path, status, code, objective=objective, samples_seen=self.saved.samples_seen, metrics=self.metrics
+        )
+        log_event(self.path, status, samples_seen=self.saved.samples_seen)
+        if not done:
+            say(f"stopped at {self.saved.samples_seen:,} samples and saved; the same command goes on from there")
+            return code
+        self.sinks.console.summary(self._title(), self.metrics)
+        if bad:
+            say(f"bad samples passed over since the last start: {_join(bad)}; keys in {self.path}/logs")
+        if objective is None and self.evaluators:
+            say(f"warning: eval.objective={self.config.eval.objective} was not measured in this run")
+        say(f'done: {self.path}; use it with clipscale.load("{self.path}") or: clipscale eval {self.path}')
+        return code
+
+    def _title(self) -> str:
+        minutes = self.saved.time_s / 60
+        return f"{self.path.name}: {self.saved.samples_seen:,} samples, {self.saved.step:,} steps, {minutes:.1f} min"
+
+    def _already_done(self) -> ExitCode:
+        if self.runtime.is_main:
+            print(
+                f"{self.path} has seen all of its {self.config.total_samples:,} samples; nothing to do "
+                "(raise total_samples to train on, or choose another name=…)"
+            )
+        return ExitCode.DONE
+
+    # ---- start ------------------------------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        self.started = time.perf_counter()
+        self.attempt = 1 + count_events(self.path, "started")
+        self.counts = torch.zeros(2, dtype=torch.int64)
+        self.warned: dict[str, int] = {}
+        self.lr, self.positions = 0.0, torch.zeros(1, dtype=torch.int64)
+        self.alone = dist.new_subgroups(group_size=1)[0] if world_size() > 1 else None
+        newest = self.checkpoints.newest()
+        if world_size() > 1:
+            dist.barrier()  # before the main rank counts this start, or removes anything
+        if newest is not None:
+            ema = self.ema.state_dict() if self.ema else {}
+            self.saved = self.checkpoints.restore(newest, self.model, self.step.optimizer, ema)
+            self._check_order()
+            self.step.scaler.load_state_dict(self.saved.scaler)
+            self.checkpointed_at = self.saved.step
+        if self.runtime.is_main:
+            self.checkpoints.clean()
+            save_config(self.config, self.path / "config.yaml")  # with the window that was chosen
+            log_event(
+                self.path, "started", attempt=self.attempt, world_size=self.runtime.world,
+                samples_seen=self.saved.samples_seen, checkpoint=newest and newest.name,
+            )  # fmt: skip
+
+    def _check_order(self) -> None:
+        order = self.train.order
+        if self.saved.fingerprint != order.fingerprint:
+            raise ConfigError(
+                f"the training data is not the one that {self.path} was trained on: its shards, their sample counts, "
+                f"weights, seed, streams or window changed (order {self.saved.fingerprint} in the checkpoint, "
+                f"{order.fingerprint} now); restore the data or choose another name=…"
+            )
+
+    def _open_sinks(self) -> Sinks:
+        config, saved, order = self.config, self.saved, self.train.order
+        settings = {key: value_of(config, key) for key, _, _ in leaves(Schema)}
+        sinks = Sinks(
+            self.path, config.tracking, settings, saved.samples_seen, config.total_samples, self.runtime.is_main
+        )
+        say = sinks.console.say
+        start = f"resuming at {saved.samples_seen:,}" if saved.samples_seen else "starting"
+        parameters = sum(p.numel() for p in self.model.parameters())
+        say(f"{self.path}: {start} of {config.total_samples:,} samples in batches of {config.global_batch_size}")
+        say(
+            f"  model {model_summary(config.model)}, {parameters / 1e6:.1f} M parameters; {config.parallel.strategy.value}, "
+            f"{self.runtime.world} x {self.runtime.device.type}, {config.precision.name.value}"
+        )
+        say(
+            f"  data {self.train.samples:,} samples in {len(order.shards)} shards; {order.streams} streams, "
+            f"windows of {order.window_size}"
+        )
+        for name, damage in self.train.damaged.items():
+            say(f"warning: shard {name} {damage}")
+            if self.runtime.is_main:
+                log_event(self.path, "damaged_shard", shard=name, damage=damage)
+        return sinks
+
+
+def _join(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
