@@ -24,7 +24,7 @@ app = typer.Typer(
     "train",
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
-    help="Train a model: clipscale train [key=value ...]; clipscale train --help lists the choices.",
+    help="Train a model: clipscale train KEY=VALUE ...; clipscale train --help lists the choices.",
 )
 def train_command(context: typer.Context) -> None:
     raise typer.Exit(train(context.args))
@@ -62,12 +62,17 @@ def train(arguments: list[str]) -> int:
     from clipscale.config.compose import config_dir, explain, quote_shards, typed
 
     codes: list[int] = []
+    errors: list[ClipscaleError] = []
     overrides = quote_shards(arguments)
 
     def task(node: DictConfig) -> float | None:
         choices = HydraConfig.get().runtime.choices
         given = [str(override) for override in HydraConfig.get().overrides.task]
-        code, objective = start(typed(node), choices.get("experiment") or "custom", given)
+        try:
+            code, objective = start(typed(node), choices.get("experiment") or "custom", given)
+        except ClipscaleError as error:  # kept from Hydra, which would put a remark of its own before it
+            errors.append(error)
+            return None
         codes.append(code)
         return objective
 
@@ -75,12 +80,12 @@ def train(arguments: list[str]) -> int:
     sys.argv = ["clipscale train", *overrides]
     try:
         hydra.main(config_path=str(config_dir().absolute()), config_name="config", version_base="1.3")(task)()
-    except ClipscaleError:
-        raise
     except Exception as error:
         if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):
             raise explain(error, overrides) from error
         raise
+    if errors:
+        raise errors[0]
     return next((code for code in codes if code), 0)
 
 
@@ -102,7 +107,7 @@ def start(config: "Config", experiment: str, overrides: list[str]) -> tuple[int,
     else:
         from clipscale.train import main as train_here
 
-        code = train_here(["--run", str(run.path / "config.yaml")])
+        code = train_here(["--config", str(run.path / "config.yaml")])
     return int(code), (read_result(run.path) or {}).get("objective")
 
 

@@ -1,7 +1,7 @@
 """The worker: what every rank runs.
 
 ``torchrun … -m clipscale.train key=value …`` composes the configuration on rank 0 and shares it through torchrun's store;
-``--run RUN/config.yaml`` trains what ``clipscale train`` composed already. Ranks never run Hydra's own main.
+``--config RUN/config.yaml`` trains what ``clipscale train`` composed already. Ranks never run Hydra's own main.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ PACKAGES = ("clipscale", "torch", "torchvision", "timm", "webdataset", "hydra-co
 def main(arguments: list[str]) -> ExitCode:
     """Train as one rank. Returns the exit code; the first rank that fails says why and writes ``result.json``."""
     path: Path | None = None
+    logging.getLogger("clipscale").addHandler(logging.NullHandler())  # until the run has a directory to log to
     try:
         store = distributed.connect() if distributed.under_torchrun() else None
-        if arguments[:1] == ["--run"]:
+        if arguments[:1] == ["--config"]:
             path = Path(arguments[1]).parent
         elif store is None:
             path = _open(arguments)

@@ -109,7 +109,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return unknown_option(group, option, sorted(error.options))
-    text = " ".join(str(error).split())
+    text = " ".join(f"{error} {cause or ''}".split())
     key = getattr(cause, "full_key", None) or _key_of(text, overrides)
     where = re.match(r"In '([^']+)'", text)
     origin = f" (in {where[1]}.yaml)" if where else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,10 +75,14 @@ def build_tokenizer(config: TokenizerConfig, model: Model) -> Tokenizer:
 def _load(name: str, context_length: int) -> Any:
     import open_clip  # slow to import, and `clipscale.data` is imported by tools that need no tokenizer
 
+    if name != "clip" and not name.startswith("hf-hub:") and name not in open_clip.list_models():
+        # open_clip itself falls back to its default tokenizer for a name that it does not know.
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=1)
+        raise ConfigError(
+            f"tokenizer.name={name} is not `clip`, an open_clip model name or an hf-hub: name"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
     try:
         return open_clip.get_tokenizer(CLIP_MODEL if name == "clip" else name, context_length=context_length)
     except Exception as error:
-        known = open_clip.list_models()
-        if not name.startswith("hf-hub:") and name not in known:
-            raise ConfigError(f"tokenizer.name={name}: not `clip`, an open_clip model name or an hf-hub: name") from None
         raise ConfigError(f"tokenizer.name={name} could not be loaded: {str(error).splitlines()[0]}") from None

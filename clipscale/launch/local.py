@@ -21,7 +21,7 @@ def launch(config_file: Path, processes: int) -> ExitCode:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
-    arguments = ["--standalone", f"--nproc-per-node={processes}", "-m", "clipscale.train", "--run", str(config_file)]
+    arguments = ["--standalone", f"--nproc-per-node={processes}", "-m", "clipscale.train", "--config", str(config_file)]
     try:
         torchrun.run(torchrun.parse_args(arguments))
     except (ChildFailedError, SignalException):

@@ -29,10 +29,12 @@ SCHEDULES: dict[str, Callable[[float, Schedule], float]] = {
 }
 
 
-def learning_rate(config: Schedule, peak: float, samples_seen: int, total_samples: int) -> float:
-    """The rate of the step that ends at ``samples_seen`` of ``total_samples``: linear warm-up, then the schedule."""
-    if samples_seen < config.warmup_samples:
-        return peak * samples_seen / config.warmup_samples
+def learning_rate(config: Schedule, peak: float, before: int, after: int, total_samples: int) -> float:
+    """The rate of the step that takes the run from ``before`` to ``after`` samples: linear warm-up, then the schedule.
+
+    As in open_clip, the warm-up counts the step itself and the decay does not: neither end of a run has a rate of zero.
+    """
+    if before < config.warmup_samples:
+        return peak * min(after / config.warmup_samples, 1.0)
     rest = max(total_samples - config.warmup_samples, 1)
-    progress = min((samples_seen - config.warmup_samples) / rest, 1.0)
-    return peak * SCHEDULES[config.name.value](progress, config)
+    return peak * SCHEDULES[config.name.value](min((before - config.warmup_samples) / rest, 1.0), config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -71,9 +72,12 @@ def find_blocks(model: CLIP) -> dict[str, list[nn.Module]]:
 def _ddp(model: CLIP, units: list[nn.Module], device: torch.device) -> nn.Module:
     on_gpu = [device] if device.type == "cuda" else None
     # Buffers are equal by construction: every BatchNorm takes its statistics over all ranks.
-    return DistributedDataParallel(
-        model, device_ids=on_gpu, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    with warnings.catch_warnings():
+        # The newest torch renames this argument; the oldest supported one does not know the new name.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
+        return DistributedDataParallel(
+            model, device_ids=on_gpu, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
 
 def _fsdp(model: CLIP, units: list[nn.Module], device: torch.device) -> nn.Module:

@@ -130,7 +130,9 @@ class Trainer:
     def _train_on(self, batch: Batch) -> None:
         saved, config = self.saved, self.config
         after = saved.samples_seen + config.global_batch_size
-        self.lr = learning_rate(config.schedule, config.optim.lr, after, config.total_samples)
+        self.lr = learning_rate(
+            config.schedule, config.optim.lr, saved.samples_seen, after, config.total_samples
+        )
         self.model.train()
         self.step.zero_grad()
         loss = self.step(batch, saved.samples_seen, self.lr)

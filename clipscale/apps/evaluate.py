@@ -1,0 +1,70 @@
+"""``clipscale eval``: the numbers of the training loop, for any run or checkpoint, on its data or on other data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import rich.console
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from clipscale.checkpoint.loading import find_checkpoint, load
+from clipscale.config import Config
+from clipscale.config.compose import explain, quote_shards
+from clipscale.distributed.runtime import start
+from clipscale.errors import ConfigError
+from clipscale.evals import EvalContext, build_evaluators
+from clipscale.losses import LOSSES
+from clipscale.parallel import towers_autocast
+from clipscale.telemetry.console import summary_table
+from clipscale.trainer.build import place_data
+
+
+def evaluate(run: Path, overrides: Sequence[str], device: str, as_json: bool) -> dict[str, float]:
+    """Evaluate a run or checkpoint and print a table, or JSON. ``overrides`` change ``data.*`` and ``eval.*`` keys.
+
+    Raises ClipscaleError for a path that is no run, data that is not there, or nothing to evaluate.
+    """
+    path, config = find_checkpoint(run)
+    config = _override(config, overrides)
+    runtime = start(device, config.distributed.timeout_s)
+    model, _, tokenizer = load(path, str(runtime.device))
+    loss = LOSSES[config.loss.name.value]
+    scale, bias = (None if t is None else t.detach().cpu() for t in model.temperature())
+    context = EvalContext(
+        model,
+        tokenizer,
+        runtime.device,
+        config.eval.batch_size,
+        partial(towers_autocast, config.precision.name, runtime.device),
+        lambda image, text: loss(image, text, scale, bias),
+    )
+    data = place_data(config.data, runtime)
+    evaluators = build_evaluators(data, config.model.vision.image_size, config.global_batch_size)
+    if not evaluators:
+        raise ConfigError("nothing to evaluate: set data.val.shards=… or data.zeroshot.shards=… data.zeroshot.classes=…")
+    metrics: dict[str, float] = {}
+    for evaluator in evaluators:
+        metrics |= evaluator.run(context)
+    if as_json:
+        print(json.dumps(metrics))
+    else:
+        rich.console.Console().print(summary_table(str(path), metrics))
+    return metrics
+
+
+def _override(config: Config, overrides: Sequence[str]) -> Config:
+    for override in overrides:
+        if not override.startswith(("data.", "eval.")) or "=" not in override:
+            raise ConfigError(f"{override}: clipscale eval takes data.KEY=value and eval.KEY=value")
+    try:
+        dots = [o.replace("'", "") for o in quote_shards(overrides)]
+        merged = OmegaConf.merge(OmegaConf.structured(config), OmegaConf.from_dotlist(dots))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise explain(error, overrides) from error
+
+

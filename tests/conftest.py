@@ -1,0 +1,56 @@
+"""Fixtures that all tests share: one worker pool per world size, and the real shards where they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+from tests.pool import Pool
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real image-text shards."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("shared data absent")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Indexes and built-in data of the tests, away from the user's own."""
+    directory = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(directory)
+    yield directory
+
+
+def _pool(world: int) -> Iterator[Pool]:
+    pool = Pool(world)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def pool2(caches: Path) -> Iterator[Pool]:
+    """Two gloo ranks."""
+    yield from _pool(2)
+
+
+@pytest.fixture(scope="session")
+def pool4(caches: Path) -> Iterator[Pool]:
+    """Four gloo ranks."""
+    yield from _pool(4)
+
+
+@pytest.fixture(scope="session")
+def pools(pool2: Pool, pool4: Pool) -> dict[int, Pool]:
+    """Pools by world size."""
+    return {2: pool2, 4: pool4}

@@ -1,0 +1,71 @@
+"""Ranks that stay alive: importing torch takes longer than most distributed tests."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+TIMEOUT_S = 120.0
+
+
+class Pool:
+    """``world`` gloo ranks; ``run(f, *args)`` calls a module-level function on each and returns their results by rank."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._pipes = []
+        self._ranks = []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._ranks.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call ``function(*args)`` on every rank; raises AssertionError with the traceback of the first that failed."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results, failures = [], []
+        for rank, pipe in enumerate(self._pipes):
+            assert pipe.poll(TIMEOUT_S), f"rank {rank} gave no answer within {TIMEOUT_S} s"
+            ok, value = pipe.recv()
+            (results if ok else failures).append(value if ok else f"rank {rank}:\n{value}")
+        assert not failures, "\n".join(failures)
+        return results
+
+    def close(self) -> None:
+        """End the ranks."""
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._ranks:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+
+
+def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    while (job := pipe.recv()) is not None:
+        function, args = job
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+    dist.destroy_process_group()

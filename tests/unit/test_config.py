@@ -1,0 +1,201 @@
+"""Composition: every option works, every mistake is one line that names the key."""
+
+from __future__ import annotations
+
+import ast
+import enum
+import inspect
+from pathlib import Path
+
+import pytest
+
+from clipscale.config import compose, config_dir, load_config, load_group, save_config, validate
+from clipscale.config.fields import Resume, leaves
+from clipscale.config.model import Model
+from clipscale.config.optim import LossName, PrecisionName, ScheduleName
+from clipscale.config.resume import differences, identity
+from clipscale.config.rundir import open_run
+from clipscale.config.running import Strategy
+from clipscale.config.schema import Config
+from clipscale.errors import ConfigError
+from clipscale.losses import LOSSES
+from clipscale.optim import SCHEDULES
+from clipscale.parallel import PRECISIONS, STRATEGIES
+
+OPTIONS = sorted(
+    f"{file.parent.name}={file.stem}" for file in config_dir().glob("*/*.yaml") if file.parent.name != "experiment"
+)
+EXPERIMENTS = sorted(file.stem for file in (config_dir() / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes(option: str) -> None:
+    config, _ = compose([option])
+    group, name = option.split("=")
+    if group == "model":
+        assert config.model.name == name
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_is_valid(name: str) -> None:
+    config, experiment = compose([f"experiment={name}"])
+    assert experiment == name
+    validate(config, config.cluster.nodes * config.cluster.processes_per_node)
+    header = (config_dir() / "experiment" / f"{name}.yaml").read_text().splitlines()
+    assert header[0] == "# @package _global_"
+    assert any("clipscale train" in line or "launch/" in line for line in header if line.startswith("#"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=3", "optim.lrr: no such key; did you mean optim.lr?"),
+        ("modle=tiny", "modle: no such key; did you mean model?"),
+        ("data.train.shard=x", "data.train.shard: no such key; did you mean data.train.shards?"),
+        ("model=vit_b32", "model=vit_b32: no such option; did you mean vit_b_32?"),
+        ("experiment=emojis", "experiment=emojis: no such option; did you mean emoji?"),
+        ("optim.lr=abc", "optim.lr: Value 'abc' of type 'str' could not be converted to Float"),
+        ("global_batch_size=12.5", "global_batch_size: Value '12.5'"),
+        ("loss.name=foo", "loss.name: Invalid value 'foo', expected one of [clip, siglip]"),
+        ("+foo=3", "foo: no such key"),
+        ("+optim.lrx=3", "optim.lrx: no such key; did you mean optim.lr?"),
+        ("a b", "a b"),
+    ],
+)
+def test_mistakes_are_one_line(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_key_in_a_users_file_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\noptim:\n  lrr: 3\n")
+    with pytest.raises(ConfigError, match=r"optim\.lrr: no such key; did you mean optim\.lr\? \(in experiment/mine\.yaml\)"):
+        compose(["experiment=mine"], user_dir=str(tmp_path))
+
+
+def test_a_users_own_tree_is_searched(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: vit_b_16\noptim:\n  lr: 0.125\n"
+    )
+    config, experiment = compose(["experiment=mine"], user_dir=str(tmp_path))
+    assert (experiment, config.model.name, config.optim.lr) == ("mine", "vit_b_16", 0.125)
+
+
+def test_brace_patterns_need_no_quotes() -> None:
+    config, _ = compose(["data=shards", "data.train.shards=/d/{000..003}.tar::/e/{0..1}.tar"])
+    assert config.data.train.shards == "/d/{000..003}.tar::/e/{0..1}.tar"
+    config, _ = compose(["data=shards", "data.train.shards=[/d/1.tar,/d/2.tar]"])
+    assert config.data.train.shards == ["/d/1.tar", "/d/2.tar"]
+    config, _ = compose(["data.val.shards=null"])
+    assert config.data.val.shards is None
+
+
+def test_all_cross_field_mistakes_come_at_once() -> None:
+    config, _ = compose(["optim.lr=-1", "global_batch_size=100", "data.crop_scale=[2,3]", "ema.decay=2"])
+    with pytest.raises(ConfigError) as caught:
+        validate(config, 3)
+    text = str(caught.value)
+    assert text.startswith("4 mistakes:")
+    for part in ("optim.lr=-1", "use global_batch_size=99", "data.crop_scale", "ema.decay=2.0"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "message"),
+    [
+        (["data.streams=7"], 1, "use data.streams="),
+        (["data.streams=2"], 4, "is not divisible by 4 processes; use data.streams=128"),
+        (["data=shards"], 1, "data.train.shards is empty"),
+        (["data=shards", "data.train.shards=[]"], 1, "data.train.shards is empty"),
+        (["tokenizer.context_length=99"], 1, "model.context_length=99"),
+        (["schedule.warmup_samples=99999999"], 1, "schedule.warmup_samples"),
+        (["parallel.activation_checkpointing=some"], 1, "choose none or full"),
+        (["data.zeroshot.classes=null"], 1, "data.zeroshot.classes"),
+        (["model.text.heads=3"], 1, "model.text.heads"),
+        (["data.workers=-1"], 1, "data.workers"),
+    ],
+)
+def test_cross_field_mistakes(overrides: list[str], world: int, message: str) -> None:
+    config, _ = compose(overrides)
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        validate(config, world)
+
+
+def test_every_field_is_documented_and_marked() -> None:
+    for key, field, holder in leaves(Config):
+        assert isinstance(field.metadata.get("resume"), Resume), key
+        body = ast.parse(inspect.getsource(holder)).body[0].body  # type: ignore[attr-defined]
+        documented = {
+            one.target.id  # type: ignore[attr-defined]
+            for one, after in zip(body, body[1:], strict=False)
+            if isinstance(one, ast.AnnAssign) and isinstance(after, ast.Expr)
+        }
+        assert field.name in documented, key
+
+
+@pytest.mark.parametrize(
+    ("options", "registry"),
+    [(LossName, LOSSES), (ScheduleName, SCHEDULES), (PrecisionName, PRECISIONS), (Strategy, STRATEGIES)],
+)
+def test_options_match_registries(options: type[enum.Enum], registry: dict[str, object]) -> None:
+    assert {option.value for option in options} == set(registry)
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    config, _ = compose(["experiment=emoji", "ema.decay=0.99"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_load_group_suggests() -> None:
+    assert load_group("model", "vit_l_14", Model).embed_dim == 768
+    with pytest.raises(ConfigError, match="did you mean vit_l_14"):
+        load_group("model", "vit_l14", Model)
+
+
+def test_identity_follows_what_matters() -> None:
+    base, _ = compose([])
+    same, _ = compose(["cluster=cpu2", "data.workers=7", "runs_dir=/elsewhere", "total_samples=9999999"])
+    other, _ = compose(["optim.lr=0.01"])
+    assert identity(base) == identity(same) != identity(other)
+
+
+def test_identity_ignores_where_the_data_lies() -> None:
+    here, _ = compose(["data=shards", "data.train.shards=/here/{0..3}.tar"])
+    there, _ = compose(["data=shards", "data.train.shards=/there/{0..3}.tar"])
+    assert identity(here) == identity(there)
+    assert not differences(here, there)[Resume.fixed]
+
+
+def test_open_run_joins_refuses_and_records(tmp_path: Path) -> None:
+    where = [f"runs_dir={tmp_path}", "name=r"]
+    run = open_run(*compose(where), where, 1)
+    assert run.config.data.streams == 128
+    assert (run.path / "overrides.txt").read_text().splitlines() == where
+    again = open_run(*compose([*where, "optim.lr=0.5", "cluster=cpu2"]), where, 2)
+    assert again.changes == {"optim.lr": (1e-3, 0.5)}
+    assert "config_changed" in (run.path / "events.jsonl").read_text()
+    with pytest.raises(ConfigError, match=r"another configuration(.|\n)*seed: 0 in the run, 5 now"):
+        open_run(*compose([*where, "seed=5"]), where, 1)
+    with pytest.raises(ConfigError, match="is less than"):
+        open_run(*compose([*where, "total_samples=9000"]), where, 1)
+
+
+def test_open_run_keeps_the_recorded_streams(tmp_path: Path) -> None:
+    where = [f"runs_dir={tmp_path}", "name=r"]
+    open_run(*compose([*where, "global_batch_size=64"]), where, 1)
+    joined = open_run(*compose([*where, "global_batch_size=128"]), where, 1)
+    assert joined.config.data.streams == 64
+    with pytest.raises(ConfigError, match=r"data\.streams=64 does not divide global_batch_size=96"):
+        open_run(*compose([*where, "global_batch_size=96"]), where, 1)
+
+
+def test_an_unwritable_run_dir_is_one_line(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        open_run(*compose([f"runs_dir={blocker}/runs"]), [], 1)
