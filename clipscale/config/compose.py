@@ -109,13 +109,15 @@ def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return unknown_option(group, option, sorted(error.options))
-    text = " ".join(f"{error} {cause or ''}".split())
-    key = getattr(cause, "full_key", None) or _key_of(text, overrides)
+    text = f"{error}\n{cause or ''}"
+    named = re.search(r"full_key: (\S+)", text)
+    key = getattr(cause, "full_key", None) or (named[1] if named else _key_of(text, overrides))
     where = re.match(r"In '([^']+)'", text)
     origin = f" (in {where[1]}.yaml)" if where else ""
     if key and re.search(r"Key '.*' (is )?not in|Could not override", text) and key not in ALL_KEYS:
         return ConfigError(f"{key}: no such key{_did_you_mean(key, ALL_KEYS)}{origin}")
-    first = str(cause or error).splitlines()[0] if str(cause or error) else type(error).__name__
+    lines = [line for line in str(cause or error).splitlines() if not line.startswith("In '")]
+    first = lines[0] if lines else type(error).__name__
     return ConfigError(f"{key}: {first}{origin}" if key else first)
 
 
