@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -200,7 +201,9 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         # The DataLoader takes from its workers in turn, so as many items as there are workers are one batch.
-        items = iter(self._loader)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create")  # the user chose data.workers
+            items = iter(self._loader)
         while True:
             yield Batch.concatenate([next(items) for _ in range(self._parts)])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 from webdataset.tariterators import tar_file_iterator
 
@@ -25,14 +26,26 @@ def read_samples(path: Path, start: int, stop: int) -> Iterator[Member]:
     with path.open("rb") as raw:
         raw.seek(int(offsets[start]))
         found = 0
-        for sample in islice(_group(raw, path.name), stop - start):
+        for sample in _group(_Stretch(raw, int(offsets[stop] - offsets[start])), path.name):
             found += 1
             yield sample
     if found != stop - start:
-        raise DataError(f"{path} ended {stop - start - found} samples early: it changed while it was read")
+        raise DataError(f"{path} gave {found} samples, its index says {stop - start}: it changed; start again")
 
 
-def _group(raw: object, shard: str) -> Iterator[Member]:
+class _Stretch:
+    """The next ``length`` bytes of a file: the tar reader must not run on into what may be damaged."""
+
+    def __init__(self, raw: BinaryIO, length: int) -> None:
+        self._raw, self._left = raw, length
+
+    def read(self, size: int) -> bytes:
+        data = self._raw.read(min(size, self._left))
+        self._left -= len(data)
+        return data
+
+
+def _group(raw: _Stretch, shard: str) -> Iterator[Member]:
     key: str | None = None
     members: dict[str, bytes] = {}
     problem = ""

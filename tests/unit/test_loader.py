@@ -1,0 +1,166 @@
+"""Batches are one global sequence, however many ranks and workers make them, wherever one starts."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clipscale.data.loader import Batch, SampleOptions, TrainLoader, UnusableDataError
+from clipscale.data.manifest import ShardFile, count_shards, expand_shards, scan_shard
+from clipscale.data.order import SampleOrder
+from clipscale.data.samples import ImageOptions
+from clipscale.data.stream import read_samples, read_stream
+from clipscale.data.tokenizer import Tokenizer
+from clipscale.errors import DataError
+from tests.shards import sample, write_shard, write_shards
+
+BATCH, STREAMS = 24, 12
+BAD = {3: {"jpg": b"broken", "txt": b"x"}, 17: {"txt": b"no image"}, 40: {"jpg": sample(40)["jpg"]}}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_shards(tmp_path_factory.mktemp("shards"), [20, 7, 31, 1], BAD)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer("clip", 16)
+
+
+def make_order(paths: list[Path], window: int = 6) -> SampleOrder:
+    return SampleOrder(count_shards([ShardFile(path, 0) for path in paths]), None, 5, STREAMS, window)
+
+
+def batches(
+    paths: list[Path], tokenizer: Tokenizer, *, world: int = 1, workers: int = 0, count: int = 8,
+    positions: np.ndarray | None = None,
+) -> list[Batch]:  # fmt: skip
+    """The global batches that ``world`` ranks make together."""
+    order = make_order(paths)
+    start = np.zeros(STREAMS, np.int64) if positions is None else positions
+    options = SampleOptions(("jpg",), "txt", ImageOptions(16, (0.5, 1.0), (0.75, 4 / 3), 10**6), 5)
+    ranks = [
+        islice(
+            TrainLoader(
+                order, paths, start, rank=rank, world=world, global_batch_size=BATCH, options=options,
+                tokenizer=tokenizer, workers=workers, pin_memory=False,
+            ),
+            count,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    return [Batch.concatenate(parts) for parts in zip(*ranks, strict=True)]
+
+
+def assert_same(one: list[Batch], other: list[Batch]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys == b.keys
+        for name in ("images", "text_ids", "text_lengths", "positions"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+        assert sorted(a.bad) == sorted(b.bad)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 6, 12])
+def test_any_world_size_makes_the_same_batches(paths: list[Path], tokenizer: Tokenizer, world: int) -> None:
+    assert_same(batches(paths, tokenizer), batches(paths, tokenizer, world=world))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_any_number_of_workers_makes_the_same_batches(paths: list[Path], tokenizer: Tokenizer, workers: int) -> None:
+    assert_same(batches(paths, tokenizer), batches(paths, tokenizer, workers=workers))
+
+
+def test_more_workers_than_streams(paths: list[Path], tokenizer: Tokenizer) -> None:
+    assert_same(batches(paths, tokenizer, count=2), batches(paths, tokenizer, world=6, workers=3, count=2))
+
+
+@pytest.mark.parametrize("stop", [1, 3, 7])
+def test_resuming_goes_on_with_the_same_batches(paths: list[Path], tokenizer: Tokenizer, stop: int) -> None:
+    whole = batches(paths, tokenizer, count=12)
+    cursor = whole[stop - 1].positions.numpy()
+    assert_same(whole[stop:], batches(paths, tokenizer, count=12 - stop, positions=cursor, world=2))
+
+
+def test_batches_follow_the_order_and_count_the_bad(paths: list[Path], tokenizer: Tokenizer) -> None:
+    order = make_order(paths)
+    made = batches(paths, tokenizer, count=10)
+    expected, cursor = [], [0] * STREAMS
+    for _ in made:
+        for v in range(STREAMS):
+            wanted = len(expected) + BATCH // STREAMS
+            while len(expected) < wanted:
+                location = order.locate(v, cursor[v])
+                cursor[v] += 1
+                number = sum(order.shards[i].samples for i in range(location.shard)) + location.index
+                if number not in BAD:
+                    expected.append(f"{order.shards[location.shard].name}/{number:06d}")
+    assert [key for batch in made for key in batch.keys] == expected
+    assert made[-1].positions.tolist() == cursor
+    passed_over = sum(cursor) - len(expected)
+    assert sum(len(batch.bad) for batch in made) == passed_over > 0
+    assert {reason for batch in made for reason, _ in batch.bad} == {"undecodable_image", "no_image", "no_caption"}
+
+
+def test_hopeless_data_ends_with_the_reason(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    paths = write_shards(tmp_path, [30], {n: {"txt": b"a"} for n in range(30)})
+    with pytest.raises(UnusableDataError, match="30 x no_image"):
+        batches(paths, tokenizer, count=1)
+
+
+def test_read_samples_from_anywhere(paths: list[Path]) -> None:
+    everything = [s.key for s in read_samples(paths[2], 0, 31)]
+    assert everything == [f"00002.tar/{n:06d}" for n in range(27, 58)]
+    assert [s.key for s in read_samples(paths[2], 11, 14)] == everything[11:14]
+    with pytest.raises(DataError, match="holds 31 samples"):
+        list(read_samples(paths[2], 30, 32))
+
+
+def test_streams_read_from_any_position(paths: list[Path]) -> None:
+    order = make_order(paths)
+    whole = [(p, s.key) for p, s in islice(read_stream(order, paths, 4, 0), 30)]
+    for start in (1, 2, 5, 6, 13):
+        assert [(p, s.key) for p, s in islice(read_stream(order, paths, 4, start), 30 - start)] == whole[start:]
+
+
+def test_a_cut_shard_keeps_its_whole_samples_and_says_so(tmp_path: Path) -> None:
+    path = write_shards(tmp_path, [10])[0]
+    whole = scan_shard(path)
+    assert (whole.samples, whole.damage) == (10, "")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(whole.offsets[7]) + 600])
+    cut = scan_shard(path)
+    assert "cut short" in cut.damage
+    assert [s.key for s in read_samples(path, 0, 7)] == [f"00000.tar/{n:06d}" for n in range(7)]
+
+
+def test_duplicate_members_are_a_bad_sample(tmp_path: Path) -> None:
+    members = sample(1)
+    path = write_shard(tmp_path / "a.tar", [("x", members), ("y", members), ("y", {"txt": b"again"})])
+    assert [s.problem for s in read_samples(path, 0, 2)] == ["", "duplicate_member"]
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ("nope-{0..2}.tar", "3 of 3 shards do not exist, first nope-0.tar (data.root is not set"),
+        ("", "names no shard"),
+        ("{0..", "unbalanced braces|do not exist"),
+    ],
+)
+def test_wrong_shards_are_one_line(shards: str, message: str) -> None:
+    with pytest.raises(DataError, match=message.replace("(", r"\(")):
+        expand_shards(shards, None, "data.train.shards")
+
+
+def test_sources(tmp_path: Path) -> None:
+    write_shards(tmp_path, [1, 1, 1])
+    one = expand_shards("{00000..00001}.tar::00002.tar", str(tmp_path), "k")
+    assert [(f.path.name, f.source) for f in one] == [("00000.tar", 0), ("00001.tar", 0), ("00002.tar", 0)]
+    two = expand_shards(["{00000..00001}.tar", "00002.tar"], str(tmp_path), "k")
+    assert [f.source for f in two] == [0, 0, 1]
