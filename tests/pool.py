@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -33,11 +34,11 @@ class Pool:
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Call ``function(*args)`` on every rank; raises AssertionError with the traceback of the first that failed."""
         for pipe in self._pipes:
-            pipe.send((function, args))
+            pipe.send_bytes(pickle.dumps((function, args)))
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes):
             assert pipe.poll(TIMEOUT_S), f"rank {rank} gave no answer within {TIMEOUT_S} s"
-            ok, value = pipe.recv()
+            ok, value = pickle.loads(pipe.recv_bytes())
             (results if ok else failures).append(value if ok else f"rank {rank}:\n{value}")
         assert not failures, "\n".join(failures)
         return results
@@ -45,7 +46,7 @@ class Pool:
     def close(self) -> None:
         """End the ranks."""
         for pipe in self._pipes:
-            pipe.send(None)
+            pipe.send_bytes(pickle.dumps(None))
         for process in self._ranks:
             process.join(10)
             if process.is_alive():
@@ -62,10 +63,12 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    while (job := pipe.recv()) is not None:
+    while (job := pickle.loads(pipe.recv_bytes())) is not None:
         function, args = job
+        # Plain pickle copies tensors; a pipe's own would share them by file descriptors, and run out of those.
         try:
-            pipe.send((True, function(*args)))
+            answer = pickle.dumps((True, function(*args)))
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            answer = pickle.dumps((False, traceback.format_exc()))
+        pipe.send_bytes(answer)
     dist.destroy_process_group()

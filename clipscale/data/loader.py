@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -190,22 +192,35 @@ class TrainLoader:
             # Not fork: the training process has threads. The server imports once, and every worker is a copy of it.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["clipscale.data.loader", "open_clip"])
-        self._loader = DataLoader(
-            reader,
-            batch_size=None,
-            num_workers=self._parts if workers else 0,
-            multiprocessing_context=context,
-            prefetch_factor=4 if workers else None,
-            pin_memory=pin_memory,
-        )
+        with _without_advice():
+            self._loader = DataLoader(
+                reader,
+                batch_size=None,
+                num_workers=self._parts if workers else 0,
+                multiprocessing_context=context,
+                prefetch_factor=4 if workers else None,
+                pin_memory=pin_memory,
+                worker_init_fn=_leave_interrupts_to_the_trainer if workers else None,
+            )
 
     def __iter__(self) -> Iterator[Batch]:
         # The DataLoader takes from its workers in turn, so as many items as there are workers are one batch.
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="This DataLoader will create")  # the user chose data.workers
+        with _without_advice():
             items = iter(self._loader)
         while True:
             yield Batch.concatenate([next(items) for _ in range(self._parts)])
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Without torch's opinion on the number of workers, which the user chose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
+
+
+def _leave_interrupts_to_the_trainer(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def step_seed(seed: int, samples_seen: int, rank: int) -> int:

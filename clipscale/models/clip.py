@@ -41,7 +41,9 @@ class Temperature(nn.Module):
             self.logit_bias = nn.Parameter(torch.tensor([logit_bias], dtype=torch.float32))
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.logit_scale.float().exp(), None if self.logit_bias is None else self.logit_bias.float()
+        # A copy: FSDP frees the gathered parameter after this, and the loss would read freed memory.
+        bias = None if self.logit_bias is None else self.logit_bias.float().clone()
+        return self.logit_scale.float().exp(), bias
 
 
 class CLIP(nn.Module):

@@ -27,7 +27,7 @@ def initialize(model: CLIP, seed: int) -> None:
     is_clip_resnet = isinstance(model.visual.proj, nn.Identity)
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
-        path, _, leaf = name.rpartition(".")
+        leaf = name.rpartition(".")[2]
         tower, _, inner = name.partition(".")
         drawn: tuple[str, float] | None = None
         if tower == "text":
@@ -39,10 +39,11 @@ def initialize(model: CLIP, seed: int) -> None:
         elif inner.startswith("trunk.") and is_clip_resnet:
             drawn = _resnet(inner.removeprefix("trunk."), leaf, parameter, modules)
         if drawn is not None:
-            _draw(parameter, *drawn, seed=zlib.crc32(name.encode()) + (seed << 32), path=path)
+            # One 32-bit number of both: torch's CPU generator ignores the upper half of a larger seed.
+            _draw(parameter, *drawn, seed=zlib.crc32(f"{seed}:{name}".encode()))
 
 
-def _draw(parameter: nn.Parameter, kind: str, value: float, *, seed: int, path: str) -> None:
+def _draw(parameter: nn.Parameter, kind: str, value: float, *, seed: int) -> None:
     with torch.no_grad():
         if kind == "constant":
             parameter.fill_(value)

@@ -44,7 +44,7 @@ def _build_trunk(config: Model) -> Any:
     vision = config.vision
     sizes = dict(patch_size=vision.patch_size, embed_dim=vision.width, depth=vision.layers, num_heads=vision.heads)
     is_vit = vision.timm.startswith("vit_")
-    options: dict[str, Any] = {"drop_path_rate": vision.drop_path}
+    options: dict[str, Any] = {"drop_path_rate": vision.drop_path or None}  # some architectures know no such thing
     if is_vit:
         quick = config.activation is Activation.quickgelu
         options |= sizes | {"img_size": vision.image_size, "act_layer": "quick_gelu" if quick else "gelu"}

@@ -64,7 +64,8 @@ def find_blocks(model: CLIP) -> dict[str, list[nn.Module]]:
     """The repeated blocks of each tower: what is recomputed, compiled and sharded as one."""
     trunk: Any = model.visual.trunk
     blocks = [*trunk.blocks] if hasattr(trunk, "blocks") else []
-    for stage in getattr(trunk, "stages", []):
+    classic = [getattr(trunk, f"layer{i}") for i in range(1, 5) if hasattr(trunk, f"layer{i}")]  # timm's plain ResNets
+    for stage in [*getattr(trunk, "stages", []), *classic]:
         blocks += [*getattr(stage, "blocks", stage.children())]
     return {"visual": blocks, "text": [*model.text.blocks]}
 

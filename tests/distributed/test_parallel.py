@@ -1,0 +1,187 @@
+"""A step on many ranks moves the weights as a step on one does, for every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from clipscale.checkpoint import Checkpointer, Saved
+from clipscale.config import compose
+from clipscale.config.model import Model
+from clipscale.config.schema import Config
+from clipscale.data.loader import Batch
+from clipscale.distributed.runtime import Runtime
+from clipscale.errors import ConfigError
+from clipscale.models import build_model
+from clipscale.optim import Ema, build_optimizer
+from clipscale.parallel import build_scaler, parallelize
+from clipscale.trainer.step import TrainStep, whole
+
+B = 16
+
+
+def small(name: str) -> Model:
+    config, _ = compose(["model=tiny"])
+    model = config.model
+    model.text.vocab_size, model.text.eot_id, model.text.layers, model.vision.layers = 64, 63, 2, 2
+    model.vision.image_size = 32
+    if name != "vit":
+        model.vision.timm = name
+        model.vision.patch_size = model.vision.width = model.vision.layers = model.vision.heads = None
+    return model
+
+
+def make_batch(step: int, share: slice) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randint(0, 256, (B, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    lengths = torch.randint(2, 12, (B,), generator=generator)
+    captions = [torch.randint(0, 62, (int(n),), generator=generator) for n in lengths]
+    captions = [torch.cat([c[:-1], torch.tensor([63])]).int() for c in captions]
+    return Batch(
+        images[share], torch.cat(captions[share]), lengths[share].int(), torch.zeros(1, dtype=torch.int64), []
+    )
+
+
+def build(config: Config) -> TrainStep:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    runtime = Runtime(rank, world, rank, torch.device("cpu"))
+    bias = -10.0 if config.loss.name.value == "siglip" else None
+    laid_out = parallelize(build_model(config.model, logit_bias=bias), config.parallel, runtime.device)
+    optimizer = build_optimizer(laid_out.model, config.optim)
+    ema = Ema(laid_out.model, 0.9)
+    scaler = build_scaler(config.precision.name, runtime.device)
+    return TrainStep(config, runtime, laid_out.module, laid_out.model, optimizer, scaler, ema)
+
+
+def advance(step: TrainStep, start: int, count: int) -> list[float]:
+    n = B // step.runtime.world
+    share = slice(step.runtime.rank * n, (step.runtime.rank + 1) * n)
+    losses = []
+    for i in range(start, start + count):
+        step.zero_grad()
+        losses.append(step(make_batch(i, share), i * B, 1e-3).item())
+    return losses
+
+
+def steps(overrides: list[str], model: str, count: int = 3) -> dict[str, Any]:
+    config, _ = compose(["optim.clip_grad_norm=1.0", *overrides])
+    config.model = small(model)
+    step = build(config)
+    losses = advance(step, 0, 1)
+    gradients = {n: whole(p.grad).clone() for n, p in step.model.named_parameters()}
+    norm = step.grad_norm()
+    losses += advance(step, 1, count - 1)
+    return {
+        "losses": losses, "norm": norm, "grads": gradients,
+        "weights": {n: whole(p.detach()).clone() for n, p in step.model.named_parameters()},
+        "ema": {n: whole(t).clone() for n, t in step.ema.state_dict().items()},
+        "buffers": {n: whole(b).clone() for n, b in step.model.named_buffers()},
+    }  # fmt: skip
+
+
+def assert_close(one: dict[str, Any], other: dict[str, Any], bound: float) -> None:
+    assert one["losses"] == pytest.approx(other["losses"], rel=bound)
+    assert one["norm"] == pytest.approx(other["norm"], rel=10 * bound)
+    scale = max(t.norm() for t in other["grads"].values())
+    for name, gradient in other["grads"].items():
+        error = (one["grads"][name] - gradient).norm()
+        assert error <= 20 * bound * max(gradient.norm(), 1e-2 * scale), f"gradient of {name}: {error}"
+    if bound > 1e-4:
+        return  # AdamW turns bf16's noise in a vanishing gradient, such as a key bias's, into a step of full size
+    for key in ("weights", "ema", "buffers"):
+        for name, tensor in other[key].items():
+            difference = (one[key][name].float() - tensor.float()).norm()
+            assert difference <= 0.01 * max(tensor.float().norm(), 1e-2), f"{key} of {name}: {difference}"
+
+
+TABLE = [
+    # overrides, image tower, bound
+    (["parallel=ddp"], "vit", 1e-5),
+    (["parallel=fsdp"], "vit", 1e-5),
+    (["parallel=ddp", "loss=siglip"], "vit", 1e-5),
+    (["parallel=fsdp", "loss=siglip"], "vit", 1e-5),
+    (["parallel=ddp", "parallel.activation_checkpointing=full"], "vit", 1e-5),
+    (["parallel=fsdp", "parallel.activation_checkpointing=full"], "vit", 1e-5),
+    (["parallel=ddp", "precision=amp_bf16"], "vit", 2e-3),
+    (["parallel=fsdp", "precision=amp_bf16"], "vit", 2e-3),
+    (["parallel=ddp"], "resnet18", 1e-4),
+    (["parallel=fsdp"], "resnet18", 1e-4),
+    (["parallel=ddp"], "convnext_atto", 1e-5),
+    (["parallel=fsdp"], "convnext_atto", 1e-5),
+]
+
+
+@pytest.mark.parametrize(("overrides", "model", "bound"), TABLE, ids=lambda v: "-".join(v) if isinstance(v, list) else str(v))
+@pytest.mark.parametrize("world", [2])
+def test_equals_one_process(pools: Any, world: int, overrides: list[str], model: str, bound: float) -> None:
+    alone = steps([o for o in overrides if not o.startswith("parallel=")], model)
+    everyone = pools[world].run(steps, overrides, model)
+    for result in everyone:
+        assert_close(result, alone, bound)
+
+
+@pytest.mark.parametrize(("overrides", "model", "bound"), [TABLE[0], TABLE[1], TABLE[8]], ids=str)
+def test_four_ranks_equal_one(pool4: Any, overrides: list[str], model: str, bound: float) -> None:
+    alone = steps([], model)
+    for result in pool4.run(steps, overrides, model):
+        assert_close(result, alone, bound)
+
+
+def test_checkpointing_changes_nothing() -> None:
+    plain, recomputed = steps([], "vit"), steps(["parallel.activation_checkpointing=full"], "vit")
+    assert plain["losses"] == recomputed["losses"]
+
+
+def save_at(directory: Path, overrides: list[str]) -> list[float]:
+    config, _ = compose(overrides)
+    config.model = small("vit")
+    step = build(config)
+    advance(step, 0, 2)
+    saver = Checkpointer(directory, keep_last=1)
+    saver.save(step.model, step.optimizer, step.ema.state_dict(), Saved(samples_seen=2 * B, step=2, positions=[1]))
+    return advance(step, 2, 3)
+
+
+def go_on(directory: Path, overrides: list[str]) -> list[float]:
+    config, _ = compose([*overrides, "seed=7"])
+    config.model = small("vit")
+    step = build(config)
+    saver = Checkpointer(directory, keep_last=1)
+    newest = saver.newest()
+    assert newest is not None
+    saved = saver.restore(newest, step.model, step.optimizer, step.ema.state_dict())
+    assert (saved.samples_seen, saved.step, saved.positions) == (2 * B, 2, [1])
+    step.config.seed = 0
+    return advance(step, 2, 3)
+
+
+LAYOUTS = [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "fsdp")]
+
+
+@pytest.mark.parametrize("before", LAYOUTS, ids=str)
+def test_any_layout_loads_any_other(pools: Any, tmp_path: Path, before: tuple[int, str]) -> None:
+    def run(function: Any, layout: tuple[int, str]) -> list[float]:
+        arguments = (tmp_path, [f"parallel={layout[1]}"])
+        return pools[layout[0]].run(function, *arguments)[0] if layout[0] > 1 else function(*arguments)
+
+    undisturbed = run(save_at, before)
+    for after in LAYOUTS:
+        assert run(go_on, after) == pytest.approx(undisturbed, rel=1e-5), after
+
+
+def test_no_blocks_is_an_error(pool2: Any) -> None:
+    assert all("no blocks found" in text for text in pool2.run(_shard_without_blocks))
+
+
+def _shard_without_blocks() -> str:
+    config, _ = compose(["parallel=fsdp"])
+    config.model = small("vgg11")
+    try:
+        parallelize(build_model(config.model), config.parallel, torch.device("cpu"))
+    except ConfigError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,156 @@
+"""The towers: parameters, initialisation, packing, what they accept."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from clipscale.config import config_dir, load_group
+from clipscale.config.model import Model
+from clipscale.data.tokenizer import Tokenizer
+from clipscale.errors import ConfigError
+from clipscale.models import CLIP, build_model
+
+# open_clip's model profile; each count includes the scalar temperature.
+PARAMETERS = {
+    "vit_s_16": 62_257_537,
+    "vit_b_32": 151_277_313,
+    "vit_b_16": 149_620_737,
+    "vit_l_14": 427_616_513,
+    "vit_l_14_336": 427_944_193,
+    "vit_h_14": 986_109_441,
+    "vit_g_14": 1_366_678_273,
+    "vit_bigg_14": 2_539_567_105,
+    "rn50": 102_007_137,
+    "rn101": 119_688_033,
+    "rn50x4": 178_300_601,
+    "rn50x16": 290_979_217,
+    "rn50x64": 623_258_305,
+    "convnext_base": 151_518_849,
+}
+MODELS = sorted(file.stem for file in (config_dir() / "model").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> CLIP:
+    return build_model("tiny").eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_has_open_clips_parameters(name: str) -> None:
+    with torch.device("meta"):
+        model = CLIP(load_group("model", name, Model))
+    base = name.removesuffix("_quickgelu")
+    if base != "tiny":
+        assert sum(p.numel() for p in model.parameters()) == PARAMETERS[base]
+    activations = {type(m).__name__.lower() for m in model.modules() if "gelu" in type(m).__name__.lower()}
+    assert any("quick" in a for a in activations) == name.endswith("_quickgelu")
+
+
+def test_same_seed_same_weights() -> None:
+    one, same, other = build_model("tiny"), build_model("tiny"), build_model("tiny", seed=1)
+    for (name, a), b, c in zip(one.named_parameters(), same.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        if a.ndim > 1:
+            assert not torch.equal(a, c), name
+
+
+@pytest.mark.parametrize("name", ["tiny", "rn50"])
+def test_initialisation_follows_clip(name: str) -> None:
+    model = build_model(name)
+    width, layers = model.text.norm.normalized_shape[0], len(model.text.blocks)
+    expected = {
+        "text.token_embedding.weight": 0.02,
+        "text.positional_embedding": 0.01,
+        "text.blocks.0.attn.qkv.weight": width**-0.5,
+        "text.blocks.0.mlp.fc1.weight": (2 * width) ** -0.5,
+        "text.blocks.0.attn.proj.weight": width**-0.5 * (2 * layers) ** -0.5,
+        "text.blocks.1.mlp.fc2.weight": width**-0.5 * (2 * layers) ** -0.5,
+        "text.proj.weight": width**-0.5,
+    }
+    if name == "tiny":
+        fan_in = 3 * 16 * 16
+        expected |= {
+            "visual.proj.weight": 128**-0.5,
+            "visual.trunk.pos_embed": 128**-0.5,
+            "visual.trunk.patch_embed.proj.weight": (3 * fan_in) ** -0.5,
+            "visual.trunk.blocks.0.mlp.fc1.weight": (3 * 128) ** -0.5,
+        }
+    else:
+        expected |= {"visual.trunk.head.q.weight": 2048**-0.5}
+        assert (model.visual.trunk.stages[0][0].conv3_1x1.bn.weight == 0).all()
+    parameters = dict(model.named_parameters())
+    for key, std in expected.items():
+        assert parameters[key].detach().std().item() == pytest.approx(std, rel=0.05), key
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    assert model.logit_scale.shape == (1,)
+
+
+def test_padding_does_not_matter(tiny: CLIP) -> None:
+    tokenizer = Tokenizer("clip", 32)
+    captions = ["a dog", "two very small red circles above one another", "x"]
+    together = tiny.encode_text(tokenizer(captions))
+    alone = torch.cat([tiny.encode_text(tokenizer(caption)) for caption in captions])
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
+
+
+def test_packed_equals_padded(tiny: CLIP) -> None:
+    tokenizer = Tokenizer("clip", 32)
+    padded = tokenizer(["a dog", "a large blue star"])
+    ids, lengths = tiny.text.pack(padded)
+    assert lengths.tolist() == [4, 6] and len(ids) == 10
+    assert torch.equal(tiny.encode_text(ids.int(), lengths), tiny.encode_text(padded))
+
+
+def test_images_are_normalised_inside(tiny: CLIP) -> None:
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    mean, std = torch.tensor(tiny.config.mean).view(3, 1, 1), torch.tensor(tiny.config.std).view(3, 1, 1)
+    by_hand = (images.float() / 255 - mean) / std
+    torch.testing.assert_close(tiny.encode_image(images), tiny.encode_image(by_hand), atol=1e-5, rtol=1e-4)
+
+
+def test_normalize_gives_unit_vectors(tiny: CLIP) -> None:
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    torch.testing.assert_close(tiny.encode_image(images, normalize=True).norm(dim=-1), torch.ones(2))
+
+
+def test_wrong_text_is_refused(tiny: CLIP) -> None:
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        tiny.encode_text(torch.zeros(1, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="40 tokens, the context length is 32"):
+        tiny.encode_text(torch.zeros(40, dtype=torch.int32), torch.tensor([40]))
+
+
+def test_any_timm_architecture() -> None:
+    config = load_group("model", "tiny", Model)
+    config.vision.timm, config.vision.image_size = "resnet18", 32
+    config.vision.patch_size = config.vision.width = config.vision.layers = config.vision.heads = None
+    model = build_model(config)
+    assert model.encode_image(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 128)
+    assert isinstance(model.visual.proj, nn.Linear)
+
+
+def test_unknown_models_are_one_line() -> None:
+    with pytest.raises(ConfigError, match="did you mean vit_b_32"):
+        build_model("vit_b32")
+    config = load_group("model", "tiny", Model)
+    config.vision.timm = "vit_nothing"
+    with pytest.raises(ConfigError, match="timm has no such model"):
+        build_model(config)
+    config.vision.timm = "resnet18"
+    with pytest.raises(ConfigError, match="is no ViT"):
+        build_model(config)
+
+
+def test_tokenizer() -> None:
+    from open_clip import get_tokenizer
+
+    ours, theirs = Tokenizer("clip", 77), get_tokenizer("ViT-B-32")
+    captions = ["A photo of a cat!", "ümlaut, 42 & more…", "word " * 100]
+    assert torch.equal(ours(captions), theirs(captions))
+    assert [ours.encode(c)[1] for c in captions] == [False, False, True]
+    with pytest.raises(ConfigError, match="did you mean ViT-B-32"):
+        Tokenizer("ViT-B32", 77)
