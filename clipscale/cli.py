@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from clipscale.errors import ClipscaleError, ExitCode
+
+if TYPE_CHECKING:
+    from clipscale.config import Config
 
 app = typer.Typer(
     name="clipscale",
@@ -23,7 +26,11 @@ app = typer.Typer(
 @app.command(
     "train",
     add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    },
     help="Train a model: clipscale train KEY=VALUE ...; clipscale train --help lists the choices.",
 )
 def train_command(context: typer.Context) -> None:
@@ -34,7 +41,8 @@ def train_command(context: typer.Context) -> None:
 def eval_command(
     run: Annotated[Path, typer.Argument(help="A run directory or one of its checkpoints.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Evaluate on something else: data.val.shards=… data.zeroshot.classes=…")
+        list[str] | None,
+        typer.Argument(help="Evaluate on something else: data.val.shards=… data.zeroshot.classes=…"),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -89,7 +97,7 @@ def train(arguments: list[str]) -> int:
     return next((code for code in codes if code), 0)
 
 
-def start(config: "Config", experiment: str, overrides: list[str]) -> tuple[int, float | None]:  # noqa: F821,UP037
+def start(config: Config, experiment: str, overrides: list[str]) -> tuple[int, float | None]:
     """Open the run's directory and train it. Returns the exit code and the objective."""
     from clipscale.config.rundir import open_run, read_result
 
@@ -97,7 +105,8 @@ def start(config: "Config", experiment: str, overrides: list[str]) -> tuple[int,
     if cluster.nodes > 1 or cluster.scheduler.value != "none":
         raise ClipscaleError(
             f"cluster.nodes={cluster.nodes}, cluster.scheduler={cluster.scheduler.value}: `clipscale train` starts the "
-            "processes of one machine; use launch/slurm.sbatch, or launch/torchrun.sh on every node, with the same overrides"
+            "processes of one machine; use launch/slurm.sbatch, or launch/torchrun.sh on every node, with these "
+            "overrides"
         )
     run = open_run(config, experiment, overrides, cluster.processes_per_node)
     if cluster.processes_per_node > 1:

@@ -1,7 +1,7 @@
 """The worker: what every rank runs.
 
-``torchrun … -m clipscale.train key=value …`` composes the configuration on rank 0 and shares it through torchrun's store;
-``--config RUN/config.yaml`` trains what ``clipscale train`` composed already. Ranks never run Hydra's own main.
+``torchrun … -m clipscale.train key=value …`` composes the configuration on rank 0 and shares it through torchrun's
+store; ``--config RUN/config.yaml`` trains what ``clipscale train`` composed already. Ranks never run Hydra's own main.
 """
 
 from __future__ import annotations
@@ -14,13 +14,24 @@ import sys
 import traceback
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from clipscale.config import Config, compose, load_config
 from clipscale.config.rundir import lock, open_run, write_result
 from clipscale.distributed import runtime as distributed
 from clipscale.errors import ClipscaleError, ExitCode
 
-PACKAGES = ("clipscale", "torch", "torchvision", "timm", "webdataset", "hydra-core", "open_clip_torch", "wandb", "numpy")
+PACKAGES = (
+    "clipscale",
+    "torch",
+    "torchvision",
+    "timm",
+    "webdataset",
+    "hydra-core",
+    "open_clip_torch",
+    "wandb",
+    "numpy",
+)
 
 
 def main(arguments: list[str]) -> ExitCode:
@@ -47,15 +58,17 @@ def main(arguments: list[str]) -> ExitCode:
         distributed.stop()
 
 
-def train(config: Config, path: Path, store: object = None) -> ExitCode:
+def train(config: Config, path: Path, store: Any = None) -> ExitCode:
     """Train the run at ``path`` in this process, a rank among those that torchrun started or alone."""
     held = lock(path) if int(os.environ.get("RANK", 0)) == 0 else None
-    runtime = distributed.start(config.device.value, config.distributed.timeout_s, store)  # type: ignore[arg-type]
+    runtime = distributed.start(config.device.value, config.distributed.timeout_s, store)
     _log_to(path / "logs" / f"rank{runtime.rank}.log")
     if runtime.is_main:
         (path / "result.json").unlink(missing_ok=True)
         (path / "environment.json").write_text(json.dumps(_environment(runtime.world), indent=2) + "\n")
-    from clipscale.trainer.trainer import Trainer  # slow to import; a wrong configuration has been refused by now
+    from clipscale.trainer.trainer import (
+        Trainer,
+    )  # slow to import; a wrong configuration has been refused by now
 
     code = Trainer(config, runtime).fit()
     if held is not None:
@@ -68,14 +81,14 @@ def _open(overrides: list[str]) -> Path:
     return open_run(config, experiment, overrides, world=int(os.environ.get("WORLD_SIZE", 1))).path
 
 
-def _shared_path(store: object, overrides: list[str]) -> Path:
+def _shared_path(store: Any, overrides: list[str]) -> Path:
     def make() -> str:
         try:
             return str(_open(overrides).absolute())
         except ClipscaleError as error:
             return f"error: {error}"
 
-    answer = distributed.share(store, "clipscale/run", make)  # type: ignore[arg-type]
+    answer = distributed.share(store, "clipscale/run", make)
     if answer.startswith("error: "):
         if os.environ["RANK"] != "0":
             raise SystemExit(ExitCode.USER_ERROR)
@@ -117,5 +130,6 @@ def _environment(world: int) -> dict[str, object]:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    # torchrun restarts a failed worker and calls every failure 1: a run that ended on purpose has said so in result.json.
+    # torchrun restarts a failed worker and calls every failure 1: a run that ended on purpose has said so in
+    # result.json.
     sys.exit(0 if code in (ExitCode.DONE, ExitCode.PREEMPTED) else int(code))

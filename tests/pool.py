@@ -14,7 +14,7 @@ TIMEOUT_S = 120.0
 
 
 class Pool:
-    """``world`` gloo ranks; ``run(f, *args)`` calls a module-level function on each and returns their results by rank."""
+    """``world`` gloo ranks; ``run(f, *args)`` calls a module-level function on each; results come by rank."""
 
     def __init__(self, world: int) -> None:
         self.world = world

@@ -26,8 +26,16 @@ def jpeg(number: int, size: int = 16) -> bytes:
 def sample(number: int) -> dict[str, bytes]:
     """Members of a good sample."""
     words = [WORDS[int(digit)] for digit in f"{number:03d}"]
-    fields = {"captions": [f"a {' '.join(words)} thing", f"{' '.join(words)}"], "label": number % 7, "name": str(number)}
-    return {"jpg": jpeg(number), "txt": f"a {' '.join(words)} thing".encode(), "json": json.dumps(fields).encode()}
+    fields = {
+        "captions": [f"a {' '.join(words)} thing", f"{' '.join(words)}"],
+        "label": number % 7,
+        "name": str(number),
+    }
+    return {
+        "jpg": jpeg(number),
+        "txt": f"a {' '.join(words)} thing".encode(),
+        "json": json.dumps(fields).encode(),
+    }
 
 
 def write_shard(path: Path, samples: Sequence[tuple[str, Mapping[str, bytes]]]) -> Path:

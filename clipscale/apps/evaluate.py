@@ -45,7 +45,9 @@ def evaluate(run: Path, overrides: Sequence[str], device: str, as_json: bool) ->
     data = place_data(config.data, runtime)
     evaluators = build_evaluators(data, config.model.vision.image_size, config.global_batch_size)
     if not evaluators:
-        raise ConfigError("nothing to evaluate: set data.val.shards=… or data.zeroshot.shards=… data.zeroshot.classes=…")
+        raise ConfigError(
+            "nothing to evaluate: set data.val.shards=… or data.zeroshot.shards=… data.zeroshot.classes=…"
+        )
     metrics: dict[str, float] = {}
     for evaluator in evaluators:
         metrics |= evaluator.run(context)
@@ -66,5 +68,3 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise explain(error, overrides) from error
-
-

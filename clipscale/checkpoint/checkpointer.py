@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from clipscale.distributed.collectives import rank, world_size
@@ -65,7 +65,11 @@ class Checkpointer:
                 shutil.rmtree(path)
 
     def save(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, torch.Tensor], saved: Saved
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: Mapping[str, torch.Tensor],
+        saved: Saved,
     ) -> Path:
         """Write a checkpoint; every rank calls it. Returns its directory."""
         path = self._directory / f"step_{saved.step:08d}"

@@ -22,8 +22,8 @@ def load(
 ) -> tuple[CLIP, Callable[[Image.Image], torch.Tensor], Tokenizer]:
     """What a run trained, as ``(model, preprocess, tokenizer)``; the averaged weights where the run kept an average.
 
-    ``model.encode_image(preprocess(picture)[None])`` and ``model.encode_text(tokenizer(["a caption"]))`` give Float[1, D];
-    ``normalize=True`` gives unit vectors. ``preprocess`` takes a PIL image to UInt8[3, S, S].
+    ``model.encode_image(preprocess(picture)[None])`` and ``model.encode_text(tokenizer(["a caption"]))`` give
+    Float[1, D]; ``normalize=True`` gives unit vectors. ``preprocess`` takes a PIL image to UInt8[3, S, S].
 
     Raises ClipscaleError when there is no finished checkpoint.
     """
@@ -45,7 +45,9 @@ def find_checkpoint(path: Path) -> tuple[Path, Config]:
     """A checkpoint and the configuration of its run, from a run directory or a checkpoint directory."""
     run = path.parent.parent if path.name.startswith("step_") else path
     if not (run / "config.yaml").exists():
-        raise ClipscaleError(f"{path} is neither a run directory nor a checkpoint: {run / 'config.yaml'} does not exist")
+        raise ClipscaleError(
+            f"{path} is neither a run directory nor a checkpoint: {run / 'config.yaml'} does not exist"
+        )
     found = [path] if run != path else finished_checkpoints(run / "checkpoints")
     if not found or not (found[0] / "manifest.json").exists():
         raise ClipscaleError(f"{path} has no finished checkpoint yet; train it first: clipscale train")

@@ -56,7 +56,9 @@ def compose(overrides: Sequence[str], user_dir: str | None = None) -> tuple[Conf
 def quote_shards(overrides: Sequence[str]) -> list[str]:
     """Quote brace patterns, which Hydra's grammar would read as dictionaries: ``data.train.shards=/d/{0..9}.tar``."""
     bare = re.compile(r"^([\w.+~]+\.shards)=([^'\"\[].*)$")
-    return [bare.sub(lambda match: f"{match[1]}='{match[2]}'" if match[2] != "null" else match[0], o) for o in overrides]
+    return [
+        bare.sub(lambda match: f"{match[1]}='{match[2]}'" if match[2] != "null" else match[0], o) for o in overrides
+    ]
 
 
 def typed(node: DictConfig) -> Config:
@@ -100,7 +102,9 @@ def load_group(group: str, option: str, schema: type) -> Any:
 
 def unknown_option(group: str, option: str, options: Sequence[str]) -> ConfigError:
     """The error for an option that a group does not have."""
-    return ConfigError(f"{group}={option}: no such option{_did_you_mean(option, options)}; choose from {', '.join(options)}")
+    return ConfigError(
+        f"{group}={option}: no such option{_did_you_mean(option, options)}; choose from {', '.join(options)}"
+    )
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:

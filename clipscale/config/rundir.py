@@ -93,7 +93,9 @@ def lock(path: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
-        raise ClipscaleError(f"{path} is being trained by process {file.read().strip()}; wait, or choose name=…") from None
+        raise ClipscaleError(
+            f"{path} is being trained by process {file.read().strip()}; wait, or choose name=…"
+        ) from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

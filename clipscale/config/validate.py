@@ -73,7 +73,7 @@ def _batch(config: Config, world: int) -> Iterator[str]:
 def _data(config: Config) -> Iterator[str]:
     data = config.data
     if data.builtin is Builtin.none and not data.train.shards:
-        yield "data.train.shards is empty: give shards, e.g. data.train.shards='/data/{00000..00099}.tar', or data=shapes"
+        yield "data.train.shards is empty: give shards, e.g. data.train.shards=/data/{00000..00099}.tar, or data=shapes"
     if data.zeroshot.shards and not data.zeroshot.classes:
         yield "data.zeroshot.shards needs data.zeroshot.classes=FILE.json (or data.zeroshot.shards=null)"
     if len(data.crop_scale) != 2 or not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
@@ -95,15 +95,12 @@ def _training(config: Config) -> Iterator[str]:
             f"{config.total_samples}; use schedule.warmup_samples={config.total_samples // 10}"
         )
     if config.parallel.activation_checkpointing not in ("none", "full"):
-        yield (
-            f"parallel.activation_checkpointing={config.parallel.activation_checkpointing}: choose none or full"
-        )
+        yield (f"parallel.activation_checkpointing={config.parallel.activation_checkpointing}: choose none or full")
     if config.ema.decay is not None and not 0 < config.ema.decay < 1:
         yield f"ema.decay={config.ema.decay} must lie between 0 and 1, e.g. ema.decay=0.999; null turns it off"
     if config.optim.clip_grad_norm is not None and config.optim.clip_grad_norm <= 0:
         yield f"optim.clip_grad_norm={config.optim.clip_grad_norm} must be above 0; null does not clip"
     if config.model.text.width % config.model.text.heads:
         yield (
-            f"model.text.width={config.model.text.width} is not divisible by model.text.heads="
-            f"{config.model.text.heads}"
+            f"model.text.width={config.model.text.width} is not divisible by model.text.heads={config.model.text.heads}"
         )

@@ -82,7 +82,7 @@ class SampleOptions:
 
 
 @dataclass
-class _StreamReader(IterableDataset):  # type: ignore[type-arg]
+class _StreamReader(IterableDataset):
     """Partial batches of the streams that one worker owns: a contiguous, equal-as-possible share of the rank's."""
 
     order: SampleOrder
@@ -98,9 +98,7 @@ class _StreamReader(IterableDataset):  # type: ignore[type-arg]
         number, workers = (info.id, info.num_workers) if info else (0, 1)
         streams = np.array_split(self.streams, workers)[number]
         positions = np.array_split(self.positions, workers)[number].copy()
-        readers = [
-            read_stream(self.order, self.paths, int(v), int(p)) for v, p in zip(streams, positions, strict=True)
-        ]
+        readers = [read_stream(self.order, self.paths, int(v), int(p)) for v, p in zip(streams, positions, strict=True)]
         while True:
             yield self._batch(streams, readers, positions)
 
@@ -131,10 +129,8 @@ class _StreamReader(IterableDataset):  # type: ignore[type-arg]
                 captions.append(ids)
                 keys.append(sample.key)
                 truncated += cut
-        ids, lengths = pack(captions)
-        return Batch(
-            torch.stack(images), ids, lengths, torch.from_numpy(positions.copy()), keys, bad, truncated
-        )
+        packed, lengths = pack(captions)
+        return Batch(torch.stack(images), packed, lengths, torch.from_numpy(positions.copy()), keys, bad, truncated)
 
     def _prepare(self, sample: Member, random: KeyedRandom) -> tuple[torch.Tensor, NDArray[np.int32], bool]:
         if sample.problem:

@@ -61,7 +61,7 @@ def expand_shards(shards: str | Sequence[str], root: str | None, key: str) -> li
         for pattern in source.split("::"):
             try:
                 names = list(braceexpand.braceexpand(pattern))
-            except braceexpand.UnbalancedBracesError:
+            except ValueError:
                 raise DataError(f"{key}: unbalanced braces in {pattern!r}") from None
             files += [ShardFile(Path(root or ".", name).expanduser(), number) for name in names if name]
     if not files:
@@ -145,4 +145,4 @@ def cache_dir() -> Path:
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := archive.next()) is not None:
         yield member
-        archive.members = []  # tarfile remembers every header it saw; a shard may hold a million
+        archive.members = []  # type: ignore[attr-defined]  # tarfile remembers every header it saw; a shard may hold a million

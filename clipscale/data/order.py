@@ -78,11 +78,11 @@ class Piece(NamedTuple):
 
 
 class Location(NamedTuple):
-    """Where one sample lies: epoch, index of its shard in the list, index of the sample in the shard."""
+    """Where one sample lies: epoch, number of its shard in the list, number of the sample in the shard."""
 
     epoch: int
     shard: int
-    index: int
+    sample: int
 
 
 class Window(NamedTuple):

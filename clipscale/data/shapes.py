@@ -295,7 +295,9 @@ def _caption(draws: _Draws, scene: _Scene, full: bool) -> str:
         text += " and " * (len(phrases) > 1) + phrases[-1][1]
     if len(scene.objects) < 3 and draws.chance(0.1):
         extras.append(f"on {_article(scene.tone)} background")
-    opening = draws.choice(("", "", "", "a photo of ", "a picture of ", "there is " if counts[a.group] == 1 else "we see "))
+    opening = draws.choice(
+        ("", "", "", "a photo of ", "a picture of ", "there is " if counts[a.group] == 1 else "we see ")
+    )
     return " ".join([opening + text, *extras])
 
 
@@ -408,7 +410,9 @@ def _paint(draws: _Draws, canvas: np.ndarray, thing: _Object) -> None:
     if thing.texture in PATTERNS:
         at = (np.arange(side * fine, dtype=np.float32) + 0.5) / (fine * radius)
         x, y = (at - centre[0] / radius)[None, :], (at - centre[1] / radius)[:, None]
-        chosen = PATTERNS[thing.texture](np.float32(cos) * x + np.float32(sin) * y, np.float32(cos) * y - np.float32(sin) * x)
+        chosen = PATTERNS[thing.texture](
+            np.float32(cos) * x + np.float32(sin) * y, np.float32(cos) * y - np.float32(sin) * x
+        )
         covers.append(Image.fromarray(np.asarray(mask) * chosen.astype(np.uint8)))
     colour = np.array([c * draws.uniform(0.9, 1.0) + draws.uniform(-8, 8) for c in COLOURS[thing.colour]], np.float32)
     second = colour + 0.78 * (255 - colour) if draws.chance(0.5) else 0.35 * colour
@@ -469,7 +473,9 @@ def _zeroshot_scenes(spec: ShapesSpec) -> list[tuple[int, _Scene]]:
     return [(label, _scene(draws, (held[label],), (), (1,))) for label in labels]
 
 
-def _sample(spec: ShapesSpec, split: str, index: int, scene: _Scene, captions: list[str], label: int | None = None) -> dict:
+def _sample(
+    spec: ShapesSpec, split: str, index: int, scene: _Scene, captions: list[str], label: int | None = None
+) -> dict:
     objects = [
         {key: value for key, value in dataclasses.asdict(thing).items() if key != "group"} for thing in scene.objects
     ]
@@ -487,7 +493,9 @@ def _samples(spec: ShapesSpec, split: str, start: int, stop: int):
     """The samples of one shard, as (key, files)."""
     if split == "train":
         sources = _caption_sources(spec)[start:stop]
-        rows = [(_train_scene(spec, i), _train_scene(spec, source), source, None) for i, source in enumerate(sources, start)]
+        rows = [
+            (_train_scene(spec, i), _train_scene(spec, source), source, None) for i, source in enumerate(sources, start)
+        ]
     elif split == "val":
         rows = [(scene, scene, i, None) for i, scene in enumerate(_val_scenes(spec)[start:stop], start)]
     else:

@@ -49,7 +49,7 @@ def _group(raw: _Stretch, shard: str) -> Iterator[Member]:
     key: str | None = None
     members: dict[str, bytes] = {}
     problem = ""
-    for item in tar_file_iterator(raw, skip_meta=None):  # type: ignore[arg-type]
+    for item in tar_file_iterator(raw, skip_meta=None):
         item_key, suffix = sample_key(item["fname"])
         if item_key is None:
             continue
@@ -64,9 +64,7 @@ def _group(raw: _Stretch, shard: str) -> Iterator[Member]:
         yield Member(f"{shard}/{key}", members, problem)
 
 
-def read_stream(
-    order: SampleOrder, paths: Sequence[Path], stream: int, position: int
-) -> Iterator[tuple[int, Member]]:
+def read_stream(order: SampleOrder, paths: Sequence[Path], stream: int, position: int) -> Iterator[tuple[int, Member]]:
     """``(position, raw sample)`` of a stream for ever, from ``position`` on.
 
     One window is held in memory; the next one is read a sample at a time while this one is handed out, so that

@@ -93,4 +93,3 @@ class Evaluator(Protocol):
     def run(self, context: EvalContext) -> dict[str, float]:
         """Named numbers, e.g. ``val/loss``; one with a meaningful chance level has a ``…_chance`` twin."""
         ...
-

@@ -48,7 +48,12 @@ class RetrievalEvaluator:
         return total / len(image)
 
     def _recall(
-        self, way: str, queries: torch.Tensor, candidates: torch.Tensor, of_image: torch.Tensor, by_image: bool
+        self,
+        way: str,
+        queries: torch.Tensor,
+        candidates: torch.Tensor,
+        of_image: torch.Tensor,
+        by_image: bool,
     ) -> dict[str, float]:
         found = dict.fromkeys(KS, 0.0)
         for start in range(0, len(queries), CHUNK):

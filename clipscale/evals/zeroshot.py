@@ -32,7 +32,9 @@ class Classes:
             content: Any = json.loads(path.read_text())
             names, templates = list(content["classnames"]), list(content["templates"])
         except FileNotFoundError:
-            raise DataError(f"data.zeroshot.classes={path} does not exist; set it, or data.zeroshot.shards=null") from None
+            raise DataError(
+                f"data.zeroshot.classes={path} does not exist; set it, or data.zeroshot.shards=null"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"data.zeroshot.classes={path} needs classnames and templates ({error})") from None
         if not names or not templates or not all("{}" in template for template in templates):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -21,11 +22,16 @@ def launch(config_file: Path, processes: int) -> ExitCode:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
-    arguments = ["--standalone", f"--nproc-per-node={processes}", "-m", "clipscale.train", "--config", str(config_file)]
-    try:
+    arguments = [
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "-m",
+        "clipscale.train",
+        "--config",
+        str(config_file),
+    ]
+    with contextlib.suppress(ChildFailedError, SignalException):
         torchrun.run(torchrun.parse_args(arguments))
-    except (ChildFailedError, SignalException):
-        pass
     result = read_result(config_file.parent)
     if result is None:
         print(f"error: the ranks ended without a result; see {config_file.parent / 'logs'}", file=sys.stderr)

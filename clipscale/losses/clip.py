@@ -35,8 +35,6 @@ def clip_loss(
         first = rank(group) * image.shape[0]
         target = torch.arange(first, first + image.shape[0], device=image.device)
         local = (
-            F.cross_entropy(scale * image @ all_texts.T, target)
-            + F.cross_entropy(scale * text @ all_images.T, target)
+            F.cross_entropy(scale * image @ all_texts.T, target) + F.cross_entropy(scale * text @ all_images.T, target)
         ) / 2
         return local + (average(local, group) - local.detach())
-

@@ -75,9 +75,7 @@ class CLIP(nn.Module):
         features = self.visual(images)
         return _normalize(features) if normalize else features
 
-    def encode_text(
-        self, text: Any, lengths: torch.Tensor | None = None, normalize: bool = False
-    ) -> torch.Tensor:
+    def encode_text(self, text: Any, lengths: torch.Tensor | None = None, normalize: bool = False) -> torch.Tensor:
         """Float[B, D] of captions.
 
         ``text`` is padded ids Int64[B, L] as the tokenizer gives them, or packed ids Int[T] with ``lengths`` Int[B],
@@ -98,12 +96,11 @@ def build_model(
 
     The same seed gives the same weights on every machine and for every layout. Raises ConfigError for an unknown name.
     """
-    if isinstance(config, str):
-        config = load_group("model", config, Model)
+    schema: Model = load_group("model", config, Model) if isinstance(config, str) else config
     with torch.random.fork_rng(devices=[]):
         # Architectures whose weights initialize() leaves to timm are drawn here.
         torch.manual_seed(seed)
-        model = CLIP(config, logit_scale=logit_scale, logit_bias=logit_bias)
+        model = CLIP(schema, logit_scale=logit_scale, logit_bias=logit_bias)
     initialize(model, seed)
     return model
 

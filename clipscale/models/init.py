@@ -99,9 +99,7 @@ def _vit(inner: str, leaf: str, parameter: nn.Parameter) -> tuple[str, float] | 
     return None
 
 
-def _resnet(
-    inner: str, leaf: str, parameter: nn.Parameter, modules: dict[str, nn.Module]
-) -> tuple[str, float] | None:
+def _resnet(inner: str, leaf: str, parameter: nn.Parameter, modules: dict[str, nn.Module]) -> tuple[str, float] | None:
     if inner == "head.pos_embed":
         return ("normal", parameter.shape[-1] ** -0.5)
     if inner.startswith("head."):

@@ -99,7 +99,9 @@ class TextTower(nn.Module):
         """
         ends = padded == self.eot_id
         if not bool(ends.any(dim=1).all()):
-            raise ValueError(f"a caption has no end-of-text token ({self.eot_id}); was it made by this model's tokenizer?")
+            raise ValueError(
+                f"a caption has no end-of-text token ({self.eot_id}); was it made by this model's tokenizer?"
+            )
         lengths = ends.int().argmax(dim=1) + 1
         keep = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
         return padded[keep], lengths

@@ -62,4 +62,6 @@ def _build_trunk(config: Model) -> Any:
         if "Unknown model" not in str(error):
             raise
         near = timm.list_models(f"*{vision.timm.split('_')[0]}*")[:5]
-        raise ConfigError(f"model.vision.timm={vision.timm}: timm has no such model; near it: {', '.join(near)}") from None
+        raise ConfigError(
+            f"model.vision.timm={vision.timm}: timm has no such model; near it: {', '.join(near)}"
+        ) from None

@@ -16,7 +16,8 @@ def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.AdamW:
 
     Parameters with fewer than two dimensions, class tokens and the temperature are exempt, as in open_clip.
     """
-    decayed, exempt = [], []
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_vector = parameter.ndim < 2 or name.rpartition(".")[2] in NO_DECAY

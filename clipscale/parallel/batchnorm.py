@@ -38,9 +38,7 @@ def _global_statistics(norm: _BatchNorm, x: torch.Tensor) -> tuple[torch.Tensor,
 
 def _forward(norm: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
     if not norm.training:
-        return F.batch_norm(
-            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
-        )
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
     mean, variance, count = _global_statistics(norm, x)
     if norm.track_running_stats:
         with torch.no_grad():
@@ -79,4 +77,4 @@ def _patch(norm: _BatchNorm) -> None:
             x = drop(x)
         return act(x) if act is not None else x
 
-    norm.forward = forward  # type: ignore[method-assign]
+    norm.forward = forward  # type: ignore[assignment,method-assign]

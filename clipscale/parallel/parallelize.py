@@ -50,7 +50,7 @@ def parallelize(model: CLIP, config: Parallel, device: torch.device) -> Parallel
     if config.activation_checkpointing == "full":
         for block in units:
             # Not torch's checkpoint_wrapper: that renames every parameter below it.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if config.compile:
         for block in blocks["visual"]:  # captions have a length of their own in every batch
             block.compile()
@@ -76,9 +76,7 @@ def _ddp(model: CLIP, units: list[nn.Module], device: torch.device) -> nn.Module
     with warnings.catch_warnings():
         # The newest torch renames this argument; the oldest supported one does not know the new name.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
-        return DistributedDataParallel(
-            model, device_ids=on_gpu, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        return DistributedDataParallel(model, device_ids=on_gpu, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def _fsdp(model: CLIP, units: list[nn.Module], device: torch.device) -> nn.Module:
@@ -93,4 +91,7 @@ def _fsdp(model: CLIP, units: list[nn.Module], device: torch.device) -> nn.Modul
     return model
 
 
-STRATEGIES: dict[str, Callable[[CLIP, list[nn.Module], torch.device], nn.Module]] = {"ddp": _ddp, "fsdp": _fsdp}
+STRATEGIES: dict[str, Callable[[CLIP, list[nn.Module], torch.device], nn.Module]] = {
+    "ddp": _ddp,
+    "fsdp": _fsdp,
+}

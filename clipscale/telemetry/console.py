@@ -56,7 +56,11 @@ class Console:
 
     @staticmethod
     def _evaluation(row: dict[str, float]) -> str:
-        shown = {"val/loss": "val loss", "val/retrieval/i2t_r1": "i2t R@1", "val/zeroshot/top1": "zero-shot top-1"}
+        shown = {
+            "val/loss": "val loss",
+            "val/retrieval/i2t_r1": "i2t R@1",
+            "val/zeroshot/top1": "zero-shot top-1",
+        }
         parts = []
         for key, label in shown.items():
             if key in row:
@@ -85,6 +89,9 @@ def summary_table(title: str, metrics: Mapping[str, Any]) -> Table:
             table.add_row(name, f"{value:.4f}", "", f"top1 is {times:.1f} times this")
         else:
             table.add_row(
-                name, f"{value:.4f}", "" if luck is None else f"{luck:.4f}", "" if not luck else f"{value / luck:.1f}"
+                name,
+                f"{value:.4f}",
+                "" if luck is None else f"{luck:.4f}",
+                "" if not luck else f"{value / luck:.1f}",
             )
     return table

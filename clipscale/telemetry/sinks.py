@@ -44,7 +44,8 @@ class Jsonl:
         """Move rows past the checkpoint, and a half-written last line, to ``metrics.discarded.jsonl``."""
         if not path.exists():
             return
-        kept, dropped = [], []
+        kept: list[str] = []
+        dropped: list[str] = []
         for line in path.read_text().splitlines():
             try:
                 (kept if json.loads(line)["samples_seen"] <= samples_seen else dropped).append(line)
@@ -62,7 +63,13 @@ class Sinks:
     """All sinks of a run. Only the main rank has any."""
 
     def __init__(
-        self, run: Path, config: Tracking, settings: dict[str, Any], samples_seen: int, total_samples: int, main: bool
+        self,
+        run: Path,
+        config: Tracking,
+        settings: dict[str, Any],
+        samples_seen: int,
+        total_samples: int,
+        main: bool,
     ) -> None:
         self.console = Console(samples_seen, total_samples, main)
         self._sinks: list[Sink] = []

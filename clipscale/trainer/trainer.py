@@ -70,6 +70,7 @@ class Trainer:
         self.saved = Saved(positions=[0] * self.train.order.streams, fingerprint=self.train.order.fingerprint)
         self.metrics: dict[str, float] = {}
         self.bad: Counter[str] = Counter()
+        self.counts = torch.zeros(2, dtype=torch.int64)  # bad samples and cut captions on this rank since the last save
         self.evaluated_at = self.checkpointed_at = -1
 
     def fit(self) -> ExitCode:
@@ -130,9 +131,7 @@ class Trainer:
     def _train_on(self, batch: Batch) -> None:
         saved, config = self.saved, self.config
         after = saved.samples_seen + config.global_batch_size
-        self.lr = learning_rate(
-            config.schedule, config.optim.lr, saved.samples_seen, after, config.total_samples
-        )
+        self.lr = learning_rate(config.schedule, config.optim.lr, saved.samples_seen, after, config.total_samples)
         self.model.train()
         self.step.zero_grad()
         loss = self.step(batch, saved.samples_seen, self.lr)
@@ -172,8 +171,9 @@ class Trainer:
         self.meters.restart()
         if not math.isfinite(values["train/loss"]):
             raise DivergedError(
-                f"the loss is {values['train/loss']} at step {self.saved.step}; lower optim.lr (now {self.config.optim.lr}) "
-                f"or set optim.clip_grad_norm, and resume from {self.path / 'checkpoints'} with the same command"
+                f"the loss is {values['train/loss']} at step {self.saved.step}; lower optim.lr (now "
+                f"{self.config.optim.lr}) or set optim.clip_grad_norm; the same command then "
+                f"resumes from {self.path / 'checkpoints'}"
             )
 
     def _emit(self, values: dict[str, float]) -> None:
@@ -208,8 +208,8 @@ class Trainer:
             if self.runtime.is_main:
                 log_event(self.path, "truncated_captions", samples_seen=seen, total=truncated)
                 say(
-                    f"warning: {truncated / seen:.1%} of captions are longer than {self.tokenizer.context_length} tokens "
-                    "and were cut; raise model.context_length"
+                    f"warning: {truncated / seen:.1%} of captions are longer than {self.tokenizer.context_length} "
+                    "tokens and were cut; raise model.context_length"
                 )
 
     def _bad_reasons(self) -> dict[str, int]:
@@ -272,7 +272,12 @@ class Trainer:
         status = "done" if done else "preempted"
         objective = self.metrics.get(self.config.eval.objective)
         write_result(
-            self.path, status, code, objective=objective, samples_seen=self.saved.samples_seen, metrics=self.metrics
+            self.path,
+            status,
+            code,
+            objective=objective,
+            samples_seen=self.saved.samples_seen,
+            metrics=self.metrics,
         )
         log_event(self.path, status, samples_seen=self.saved.samples_seen)
         if not done:
@@ -303,7 +308,6 @@ class Trainer:
     def _resume(self) -> None:
         self.started = time.perf_counter()
         self.attempt = 1 + count_events(self.path, "started")
-        self.counts = torch.zeros(2, dtype=torch.int64)
         self.warned: dict[str, int] = {}
         self.lr, self.positions = 0.0, torch.zeros(1, dtype=torch.int64)
         self.alone = dist.new_subgroups(group_size=1)[0] if world_size() > 1 else None
@@ -337,15 +341,21 @@ class Trainer:
         config, saved, order = self.config, self.saved, self.train.order
         settings = {key: value_of(config, key) for key, _, _ in leaves(Schema)}
         sinks = Sinks(
-            self.path, config.tracking, settings, saved.samples_seen, config.total_samples, self.runtime.is_main
+            self.path,
+            config.tracking,
+            settings,
+            saved.samples_seen,
+            config.total_samples,
+            self.runtime.is_main,
         )
         say = sinks.console.say
         start = f"resuming at {saved.samples_seen:,}" if saved.samples_seen else "starting"
         parameters = sum(p.numel() for p in self.model.parameters())
         say(f"{self.path}: {start} of {config.total_samples:,} samples in batches of {config.global_batch_size}")
         say(
-            f"  model {model_summary(config.model)}, {parameters / 1e6:.1f} M parameters; {config.parallel.strategy.value}, "
-            f"{self.runtime.world} x {self.runtime.device.type}, {config.precision.name.value}"
+            f"  model {model_summary(config.model)}, {parameters / 1e6:.1f} M parameters; "
+            f"{config.parallel.strategy.value}, {self.runtime.world} x {self.runtime.device.type}, "
+            f"{config.precision.name.value}"
         )
         say(
             f"  data {self.train.samples:,} samples in {len(order.shards)} shards; {order.streams} streams, "

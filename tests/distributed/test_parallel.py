@@ -41,9 +41,7 @@ def make_batch(step: int, share: slice) -> Batch:
     lengths = torch.randint(2, 12, (B,), generator=generator)
     captions = [torch.randint(0, 62, (int(n),), generator=generator) for n in lengths]
     captions = [torch.cat([c[:-1], torch.tensor([63])]).int() for c in captions]
-    return Batch(
-        images[share], torch.cat(captions[share]), lengths[share].int(), torch.zeros(1, dtype=torch.int64), []
-    )
+    return Batch(images[share], torch.cat(captions[share]), lengths[share].int(), torch.zeros(1, dtype=torch.int64), [])
 
 
 def build(config: Config) -> TrainStep:
@@ -115,7 +113,9 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "model", "bound"), TABLE, ids=lambda v: "-".join(v) if isinstance(v, list) else str(v))
+@pytest.mark.parametrize(
+    ("overrides", "model", "bound"), TABLE, ids=lambda v: "-".join(v) if isinstance(v, list) else str(v)
+)
 @pytest.mark.parametrize("world", [2])
 def test_equals_one_process(pools: Any, world: int, overrides: list[str], model: str, bound: float) -> None:
     alone = steps([o for o in overrides if not o.startswith("parallel=")], model)

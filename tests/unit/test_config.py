@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import enum
 import inspect
+import itertools
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,9 @@ def test_mistakes_are_one_line(override: str, message: str) -> None:
 def test_a_wrong_key_in_a_users_file_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\noptim:\n  lrr: 3\n")
-    with pytest.raises(ConfigError, match=r"optim\.lrr: no such key; did you mean optim\.lr\? \(in experiment/mine\.yaml\)"):
+    with pytest.raises(
+        ConfigError, match=r"optim\.lrr: no such key; did you mean optim\.lr\? \(in experiment/mine\.yaml\)"
+    ):
         compose(["experiment=mine"], user_dir=str(tmp_path))
 
 
@@ -131,7 +134,7 @@ def test_every_field_is_documented_and_marked() -> None:
         body = ast.parse(inspect.getsource(holder)).body[0].body  # type: ignore[attr-defined]
         documented = {
             one.target.id  # type: ignore[attr-defined]
-            for one, after in zip(body, body[1:], strict=False)
+            for one, after in itertools.pairwise(body)
             if isinstance(one, ast.AnnAssign) and isinstance(after, ast.Expr)
         }
         assert field.name in documented, key

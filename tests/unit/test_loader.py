@@ -97,14 +97,18 @@ def test_batches_follow_the_order_and_count_the_bad(paths: list[Path], tokenizer
             while len(expected) < wanted:
                 location = order.locate(v, cursor[v])
                 cursor[v] += 1
-                number = sum(order.shards[i].samples for i in range(location.shard)) + location.index
+                number = sum(order.shards[i].samples for i in range(location.shard)) + location.sample
                 if number not in BAD:
                     expected.append(f"{order.shards[location.shard].name}/{number:06d}")
     assert [key for batch in made for key in batch.keys] == expected
     assert made[-1].positions.tolist() == cursor
     passed_over = sum(cursor) - len(expected)
     assert sum(len(batch.bad) for batch in made) == passed_over > 0
-    assert {reason for batch in made for reason, _ in batch.bad} == {"undecodable_image", "no_image", "no_caption"}
+    assert {reason for batch in made for reason, _ in batch.bad} == {
+        "undecodable_image",
+        "no_image",
+        "no_caption",
+    }
 
 
 def test_hopeless_data_ends_with_the_reason(tmp_path: Path, tokenizer: Tokenizer) -> None:

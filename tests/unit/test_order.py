@@ -18,7 +18,7 @@ def everything(order: SampleOrder, epoch: int) -> list[tuple[int, int]]:
         for position in range(order.stream_start(epoch, v), order.stream_start(epoch + 1, v)):
             location = order.locate(v, position)
             assert location.epoch == epoch
-            located.append((location.shard, location.index))
+            located.append((location.shard, location.sample))
     return located
 
 
@@ -30,9 +30,7 @@ def everything(order: SampleOrder, epoch: int) -> list[tuple[int, int]]:
     window=st.integers(1, 50),
     epoch=st.integers(0, 5),
 )
-def test_each_epoch_holds_each_sample_once(
-    counts: list[int], seed: int, streams: int, window: int, epoch: int
-) -> None:
+def test_each_epoch_holds_each_sample_once(counts: list[int], seed: int, streams: int, window: int, epoch: int) -> None:
     order = SampleOrder([(f"{i}.tar", n) for i, n in enumerate(counts)], None, seed, streams, window)
     found = everything(order, epoch)
     assert sorted(found) == [(i, j) for i, n in enumerate(counts) for j in range(n)]

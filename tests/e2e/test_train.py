@@ -1,0 +1,261 @@
+"""Real commands, as a user would type them: train, be killed, resume, resize, use."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import clipscale
+from tests.shards import write_shards
+
+BATCH, STEPS = 32, 24
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "-m", "clipscale.cli", "train", *overrides]
+
+
+def run(*overrides: str, expect: int = 0, timeout: float = 240) -> str:
+    done = subprocess.run(command(*overrides), capture_output=True, text=True, timeout=timeout)
+    output = done.stdout + done.stderr
+    assert done.returncode == expect, output
+    assert "Traceback" not in output, output
+    return output
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(path: Path) -> dict[int, float]:
+    return {row["samples_seen"]: row["train/loss"] for row in rows(path) if "train/loss" in row}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    captions = {"json": b'{"captions": ["a thing"]}'}
+    bad = {5: captions | {"jpg": b"broken"}, 90: captions}
+    write_shards(root, [60, 45, 70], bad)
+    write_shards(root / "val", [40])
+    classes = {
+        "classnames": [f"thing {i}" for i in range(7)],
+        "templates": ["a {}", "the {}"],
+        "baselines": {"luck": 0.2},
+    }
+    (root / "classes.json").write_text(json.dumps(classes))
+    return root
+
+
+@pytest.fixture(scope="module")
+def recipe(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A model that steps in milliseconds, on data with two bad samples."""
+    return [
+        f"runs_dir={tmp_path_factory.mktemp('runs')}", "data=shards", f"data.root={data}",
+        "data.train.shards={00000..00002}.tar", "data.val.shards=val/00000.tar", "data.val.group_key=json:name",
+        "data.zeroshot.shards=val/00000.tar", "data.zeroshot.classes=classes.json", "data.caption_key=json:captions",
+        "data.workers=1", "data.trace=true", "tracking=disabled", "tracking.log_every_steps=1",
+        f"global_batch_size={BATCH}", f"total_samples={BATCH * STEPS}", "schedule.warmup_samples=64",
+        "checkpoint.every_samples=128", "eval.every_samples=512", "ema.decay=0.9",
+        "model.vision.image_size=16", "model.vision.patch_size=8", "model.vision.width=32", "model.vision.layers=2",
+        "model.vision.heads=2", "model.text.width=32", "model.text.layers=1", "model.text.heads=2",
+        "model.embed_dim=16", "model.context_length=12",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: list[str]) -> tuple[Path, str]:
+    """The run that the others must equal."""
+    output = run(*recipe, "name=undisturbed")
+    return Path(recipe[0].removeprefix("runs_dir=")) / "undisturbed", output
+
+
+def keys(path: Path) -> dict[int, list[str]]:
+    """Trace of the last attempt at every step: the global batch, in order."""
+    steps: dict[int, dict[int, tuple[int, list[str]]]] = {}
+    for file in (path / "trace").glob("rank*.jsonl"):
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            before = steps.setdefault(row["step"], {})
+            if row["attempt"] >= max((a for a, _ in before.values()), default=0):
+                if any(a < row["attempt"] for a, _ in before.values()):
+                    before.clear()
+                before[row["rank"]] = (row["attempt"], row["keys"])
+    return {step: [k for rank in sorted(parts) for k in parts[rank][1]] for step, parts in steps.items()}
+
+
+def assert_equal_runs(path: Path, truth: Path, bound: float) -> None:
+    ours, theirs = losses(path), losses(truth)
+    assert list(ours) == list(theirs) == [BATCH * (i + 1) for i in range(STEPS)]
+    for seen, loss in theirs.items():
+        assert ours[seen] == pytest.approx(loss, abs=bound), seen
+    assert keys(path) == keys(truth)
+
+
+def test_a_run_leaves_what_it_should(undisturbed: tuple[Path, str], data: Path) -> None:
+    path, output = undisturbed
+    for name in (
+        "config.yaml",
+        "overrides.txt",
+        "environment.json",
+        "metrics.jsonl",
+        "events.jsonl",
+        "logs/rank0.log",
+    ):
+        assert (path / name).stat().st_size, name
+    result = json.loads((path / "result.json").read_text())
+    assert (result["status"], result["exit_code"]) == ("done", 0)
+    last = rows(path)[-1]
+    for key in ("val/loss", "val/retrieval/i2t_r1", "val/retrieval/t2i_r10", "val/zeroshot/top5"):
+        assert key in last
+        assert key == "val/loss" or f"{key}_chance" in last
+    assert last["val/zeroshot/top1_luck"] == 0.2
+    for text in ("zeroshot/top1", "chance", "what luck would score", "undecodable_image", "no_image"):
+        assert text in output
+    seen = [key for batch in keys(path).values() for key in batch]
+    epoch = [key for key in seen if seen.count(key)][:173]
+    assert len(set(epoch)) == 173, "an epoch repeats no sample"
+    assert not {"00000.tar/000005", "00001.tar/000090"} & set(seen)
+
+
+def test_the_trained_model_can_be_used(undisturbed: tuple[Path, str]) -> None:
+    path, _ = undisturbed
+    model, preprocess, tokenizer = clipscale.load(path)
+    image = model.encode_image(preprocess(Image.new("RGB", (50, 20), "red"))[None], normalize=True)
+    text = model.encode_text(tokenizer(["a red thing", "a blue thing"]), normalize=True)
+    assert (image @ text.T).shape == (1, 2)
+    torch.testing.assert_close(text.norm(dim=-1), torch.ones(2))
+
+
+def test_eval_repeats_the_last_numbers(undisturbed: tuple[Path, str]) -> None:
+    path, _ = undisturbed
+    done = subprocess.run(
+        [sys.executable, "-m", "clipscale.cli", "eval", str(path), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    again, last = json.loads(done.stdout), rows(path)[-1]
+    for key, value in again.items():
+        assert value == pytest.approx(last[key], abs=1e-6), key
+
+
+def test_a_finished_run_says_so(undisturbed: tuple[Path, str], recipe: list[str]) -> None:
+    assert "nothing to do" in run(*recipe, "name=undisturbed")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_equal_one(undisturbed: tuple[Path, str], recipe: list[str], strategy: str) -> None:
+    run(*recipe, f"name=two-{strategy}", "cluster=cpu2", f"parallel={strategy}")
+    assert_equal_runs(undisturbed[0].with_name(f"two-{strategy}"), undisturbed[0], 1e-4)
+
+
+def test_torchrun_by_hand(undisturbed: tuple[Path, str], recipe: list[str]) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "clipscale.train", *recipe, "name=by-hand"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_equal_runs(undisturbed[0].with_name("by-hand"), undisturbed[0], 1e-4)
+
+
+def test_killed_and_resumed_on_other_world_sizes(undisturbed: tuple[Path, str], recipe: list[str]) -> None:
+    """kill -9 of everything at random steps, each time resumed on another number of processes."""
+    path = undisturbed[0].with_name("killed")
+    draw = random.Random(0)
+    for attempt, world in enumerate([1, 2, 1]):
+        process = subprocess.Popen(
+            command(*recipe, "name=killed", f"cluster.processes_per_node={world}"),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        goal = BATCH * (6 * attempt + draw.randint(2, 6))
+        deadline = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline:
+            if (path / "metrics.jsonl").exists() and max(losses(path), default=0) >= goal:
+                break
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        _kill_ranks(path)
+    run(*recipe, "name=killed", "cluster=cpu2", "parallel=fsdp")
+    assert_equal_runs(path, undisturbed[0], 1e-4)
+
+
+def _kill_ranks(path: Path) -> None:
+    """Ranks that torchrun put into sessions of their own."""
+    for status in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(path / "config.yaml").encode() in status.read_bytes():
+                os.kill(int(status.parent.name), signal.SIGKILL)
+        except (OSError, ValueError):
+            continue
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_asked_to_stop_it_saves_and_goes_on(undisturbed: tuple[Path, str], recipe: list[str], world: int) -> None:
+    path = undisturbed[0].with_name(f"stopped-{world}")
+    arguments = [
+        *recipe,
+        f"name=stopped-{world}",
+        f"cluster.processes_per_node={world}",
+        "checkpoint.every_samples=null",
+    ]
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not ((path / "metrics.jsonl").exists() and losses(path)):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "stopped at" in output and "Traceback" not in output
+    assert json.loads((path / "result.json").read_text())["status"] == "preempted"
+    run(*arguments)
+    assert_equal_runs(path, undisturbed[0], 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.lrr=1"], "did you mean optim.lr?"),
+        (["data.train.shards=/nowhere/{0..3}.tar"], "4 of 4 shards do not exist, first /nowhere/0.tar"),
+        (["data.train.shards=[]"], "data.train.shards is empty"),
+        (["cluster=cpu2", "global_batch_size=31"], "use global_batch_size=32"),
+        (["name=undisturbed", "seed=9"], "seed: 0 in the run, 9 now"),
+        (["tokenizer.context_length=99"], "model.context_length=99"),
+        (["model.text.vocab_size=100"], "use model.text.vocab_size=49408"),
+        (["cluster=slurm"], "launch/slurm.sbatch"),
+        (["runs_dir=/proc/nowhere"], "cannot be written"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(
+    undisturbed: tuple[Path, str], recipe: list[str], overrides: list[str], message: str
+) -> None:
+    output = run(*recipe, "name=mistake", *overrides, expect=2)
+    assert message in output
+    assert output.startswith("error: ")
+
+
+def test_a_sweep_runs_every_job(recipe: list[str]) -> None:
+    output = run(*recipe, "-m", "optim.lr=1e-3,1e-2", "total_samples=96")
+    assert output.count("done: ") == 2
+
+
+def test_cfg_job_prints_and_trains_nothing(tmp_path: Path) -> None:
+    output = run(f"runs_dir={tmp_path}/runs", "--cfg", "job")
+    assert "global_batch_size: 128" in output
+    assert not (tmp_path / "runs").exists()
