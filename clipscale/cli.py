@@ -71,7 +71,8 @@ def train(arguments: list[str]) -> int:
 
     codes: list[int] = []
     errors: list[ClipscaleError] = []
-    overrides = quote_shards(arguments)
+    overrides = quote_shards([argument for argument in arguments if _is_override(argument)])
+    options = [argument for argument in arguments if not _is_override(argument)]
 
     def task(node: DictConfig) -> float | None:
         choices = HydraConfig.get().runtime.choices
@@ -85,7 +86,7 @@ def train(arguments: list[str]) -> int:
         return objective
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors come to us, to be told in one line
-    sys.argv = ["clipscale train", *overrides]
+    sys.argv = ["clipscale train", *options, *overrides]  # Hydra's parser wants all overrides in one place
     try:
         hydra.main(config_path=str(config_dir().absolute()), config_name="config", version_base="1.3")(task)()
     except Exception as error:
@@ -95,6 +96,10 @@ def train(arguments: list[str]) -> int:
     if errors:
         raise errors[0]
     return next((code for code in codes if code), 0)
+
+
+def _is_override(argument: str) -> bool:
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
 
 def start(config: Config, experiment: str, overrides: list[str]) -> tuple[int, float | None]:

@@ -40,7 +40,7 @@ def open_run(config: Config, experiment: str, overrides: Sequence[str], world: i
         config.name = f"{experiment}-{identity(config)}"
     run = Run(Path(config.runs_dir, config.name), config)
     recorded = run.path / "config.yaml"
-    if recorded.exists():
+    if recorded.exists() and count_events(run.path, "started"):  # one that never began may be corrected freely
         _join(run, load_config(recorded))
     else:
         config.data.streams = config.data.streams or default_streams(config.global_batch_size)

@@ -22,6 +22,16 @@ class Sink(Protocol):
         """The run is over."""
 
 
+def last_values(path: Path) -> dict[str, float]:
+    """The last value of every metric in a ``metrics.jsonl``; empty if there is none."""
+    if not path.exists():
+        return {}
+    values: dict[str, float] = {}
+    for line in path.read_text().splitlines():
+        values |= {key: value for key, value in json.loads(line).items() if "/" in key}
+    return values
+
+
 class Jsonl:
     """``RUN/metrics.jsonl``, a row per line, flushed at once."""
 

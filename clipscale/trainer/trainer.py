@@ -34,7 +34,7 @@ from clipscale.losses import LOSSES
 from clipscale.models import build_model
 from clipscale.optim import Ema, build_optimizer, learning_rate
 from clipscale.parallel import build_scaler, parallelize, towers_autocast
-from clipscale.telemetry import Meters, Sinks
+from clipscale.telemetry import Meters, Sinks, last_values
 from clipscale.trainer.build import build_loader, build_train_data, place_data, run_path
 from clipscale.trainer.step import TrainStep, whole
 
@@ -68,7 +68,6 @@ class Trainer:
         self.evaluators = build_evaluators(self.data, image_size, config.global_batch_size)
         self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
         self.saved = Saved(positions=[0] * self.train.order.streams, fingerprint=self.train.order.fingerprint)
-        self.metrics: dict[str, float] = {}
         self.bad: Counter[str] = Counter()
         self.counts = torch.zeros(2, dtype=torch.int64)  # bad samples and cut captions on this rank since the last save
         self.evaluated_at = self.checkpointed_at = -1
@@ -134,10 +133,10 @@ class Trainer:
         self.lr = learning_rate(config.schedule, config.optim.lr, saved.samples_seen, after, config.total_samples)
         self.model.train()
         self.step.zero_grad()
-        loss = self.step(batch, saved.samples_seen, self.lr)
+        self.loss = self.step(batch, saved.samples_seen, self.lr)
         saved.samples_seen, saved.step = after, saved.step + 1
         self.positions = batch.positions
-        self.meters.stepped(config.global_batch_size, loss)
+        self.meters.stepped(config.global_batch_size, self.loss)
         self.counts += torch.tensor([len(batch.bad), batch.truncated])
         for reason, key in batch.bad:
             self.bad[reason] += 1
@@ -169,15 +168,18 @@ class Trainer:
         self._emit(values)
         self._warn(bad, truncated)
         self.meters.restart()
-        if not math.isfinite(values["train/loss"]):
-            raise DivergedError(
-                f"the loss is {values['train/loss']} at step {self.saved.step}; lower optim.lr (now "
-                f"{self.config.optim.lr}) or set optim.clip_grad_norm; the same command then "
-                f"resumes from {self.path / 'checkpoints'}"
-            )
+        self._refuse_nonsense(values["train/loss"], values["train/grad_norm"])
+
+    def _refuse_nonsense(self, loss: float, grad_norm: float) -> None:
+        if math.isfinite(loss) and (math.isfinite(grad_norm) or self.step.scaler.is_enabled()):
+            return  # fp16's scaler skips steps whose gradient overflowed, and lowers its scale
+        raise DivergedError(
+            f"loss {loss} and gradient norm {grad_norm} at step {self.saved.step}; lower optim.lr (now "
+            f"{self.config.optim.lr}) or set optim.clip_grad_norm; the run can then go on from the last checkpoint in "
+            f"{self.path / 'checkpoints'}"
+        )
 
     def _emit(self, values: dict[str, float]) -> None:
-        self.metrics |= values
         where = {
             "samples_seen": self.saved.samples_seen,
             "step": self.saved.step,
@@ -253,6 +255,7 @@ class Trainer:
     def _save(self) -> None:
         if self.checkpointed_at == self.saved.step:
             return
+        self._refuse_nonsense(self.loss.item(), self.step.grad_norm())  # it must not replace a good checkpoint
         self.checkpointed_at = self.saved.step
         self.saved.bad_samples, self.saved.truncated_captions = self._counts_everywhere()
         self.counts.zero_()
@@ -269,27 +272,31 @@ class Trainer:
             return code
         say, done = self.sinks.console.say, code is ExitCode.DONE
         self.sinks.console.close()
-        status = "done" if done else "preempted"
-        objective = self.metrics.get(self.config.eval.objective)
-        write_result(
-            self.path,
-            status,
-            code,
-            objective=objective,
-            samples_seen=self.saved.samples_seen,
-            metrics=self.metrics,
-        )
-        log_event(self.path, status, samples_seen=self.saved.samples_seen)
+        metrics = self._write_result(code)
+        log_event(self.path, "done" if done else "preempted", samples_seen=self.saved.samples_seen)
         if not done:
             say(f"stopped at {self.saved.samples_seen:,} samples and saved; the same command goes on from there")
             return code
-        self.sinks.console.summary(self._title(), self.metrics)
+        self.sinks.console.summary(self._title(), metrics)
         if bad:
             say(f"bad samples passed over since the last start: {_join(bad)}; keys in {self.path}/logs")
-        if objective is None and self.evaluators:
+        if self.config.eval.objective not in metrics and self.evaluators:
             say(f"warning: eval.objective={self.config.eval.objective} was not measured in this run")
         say(f'done: {self.path}; use it with clipscale.load("{self.path}") or: clipscale eval {self.path}')
         return code
+
+    def _write_result(self, code: ExitCode) -> dict[str, float]:
+        """Write ``result.json``; returns the last value of every metric."""
+        metrics = last_values(self.path / "metrics.jsonl")
+        write_result(
+            self.path,
+            "done" if code is ExitCode.DONE else "preempted",
+            code,
+            objective=metrics.get(self.config.eval.objective),
+            samples_seen=self.saved.samples_seen,
+            metrics=metrics,
+        )
+        return metrics
 
     def _title(self) -> str:
         minutes = self.saved.time_s / 60
@@ -297,6 +304,7 @@ class Trainer:
 
     def _already_done(self) -> ExitCode:
         if self.runtime.is_main:
+            self._write_result(ExitCode.DONE)
             print(
                 f"{self.path} has seen all of its {self.config.total_samples:,} samples; nothing to do "
                 "(raise total_samples to train on, or choose another name=…)"

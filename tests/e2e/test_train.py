@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from PIL import Image
 import clipscale
 from tests.shards import write_shards
 
-BATCH, STEPS = 32, 24
+BATCH, STEPS = 32, 60
 
 
 def command(*overrides: str) -> list[str]:
@@ -124,8 +125,10 @@ def test_a_run_leaves_what_it_should(undisturbed: tuple[Path, str], data: Path) 
     for text in ("zeroshot/top1", "chance", "what luck would score", "undecodable_image", "no_image"):
         assert text in output
     seen = [key for batch in keys(path).values() for key in batch]
-    epoch = [key for key in seen if seen.count(key)][:173]
-    assert len(set(epoch)) == 173, "an epoch repeats no sample"
+    times = Counter(seen)
+    assert len(times) == 173, "every usable sample is seen"
+    # A stream that passes over a bad sample runs a little ahead of the others.
+    assert max(times.values()) - min(times.values()) <= 2, "and as often as any other"
     assert not {"00000.tar/000005", "00001.tar/000090"} & set(seen)
 
 
@@ -182,15 +185,15 @@ def test_killed_and_resumed_on_other_world_sizes(undisturbed: tuple[Path, str], 
             command(*recipe, "name=killed", f"cluster.processes_per_node={world}"),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        goal = BATCH * (6 * attempt + draw.randint(2, 6))
+        goal = BATCH * (15 * attempt + draw.randint(2, 15))
         deadline = time.monotonic() + 200
         while process.poll() is None and time.monotonic() < deadline:
             if (path / "metrics.jsonl").exists() and max(losses(path), default=0) >= goal:
                 break
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
         _kill_ranks(path)
+        process.communicate()
     run(*recipe, "name=killed", "cluster=cpu2", "parallel=fsdp")
     assert_equal_runs(path, undisturbed[0], 1e-4)
 
@@ -216,7 +219,9 @@ def test_asked_to_stop_it_saves_and_goes_on(undisturbed: tuple[Path, str], recip
     ]
     process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not ((path / "metrics.jsonl").exists() and losses(path)):
+    while process.poll() is None and time.monotonic() < deadline:
+        if (path / "metrics.jsonl").exists() and losses(path):
+            break
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)

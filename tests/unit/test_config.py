@@ -15,7 +15,7 @@ from clipscale.config.fields import Resume, leaves
 from clipscale.config.model import Model
 from clipscale.config.optim import LossName, PrecisionName, ScheduleName
 from clipscale.config.resume import differences, identity
-from clipscale.config.rundir import open_run
+from clipscale.config.rundir import log_event, open_run
 from clipscale.config.running import Strategy
 from clipscale.config.schema import Config
 from clipscale.errors import ConfigError
@@ -178,6 +178,9 @@ def test_open_run_joins_refuses_and_records(tmp_path: Path) -> None:
     where = [f"runs_dir={tmp_path}", "name=r"]
     run = open_run(*compose(where), where, 1)
     assert run.config.data.streams == 128
+    assert open_run(*compose([*where, "seed=1"]), where, 1).changes == {}, "a run that never began is corrected freely"
+    run = open_run(*compose(where), where, 1)
+    log_event(run.path, "started")
     assert (run.path / "overrides.txt").read_text().splitlines() == where
     again = open_run(*compose([*where, "optim.lr=0.5", "cluster=cpu2"]), where, 2)
     assert again.changes == {"optim.lr": (1e-3, 0.5)}
@@ -190,7 +193,7 @@ def test_open_run_joins_refuses_and_records(tmp_path: Path) -> None:
 
 def test_open_run_keeps_the_recorded_streams(tmp_path: Path) -> None:
     where = [f"runs_dir={tmp_path}", "name=r"]
-    open_run(*compose([*where, "global_batch_size=64"]), where, 1)
+    log_event(open_run(*compose([*where, "global_batch_size=64"]), where, 1).path, "started")
     joined = open_run(*compose([*where, "global_batch_size=128"]), where, 1)
     assert joined.config.data.streams == 64
     with pytest.raises(ConfigError, match=r"data\.streams=64 does not divide global_batch_size=96"):
