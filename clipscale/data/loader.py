@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -196,7 +198,7 @@ class TrainLoader:
                 multiprocessing_context=context,
                 prefetch_factor=4 if workers else None,
                 pin_memory=pin_memory,
-                worker_init_fn=_leave_interrupts_to_the_trainer if workers else None,
+                worker_init_fn=_start_worker if workers else None,
             )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -215,8 +217,18 @@ def _without_advice() -> Iterator[None]:
         yield
 
 
-def _leave_interrupts_to_the_trainer(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides what an interrupt means
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    # torch's own watchdog looks at the parent process, which is the fork server here; and that one lives as long as its
+    # workers do. Without this, a killed trainer leaves both behind for ever.
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    trainer.join()
+    os._exit(1)
 
 
 def step_seed(seed: int, samples_seen: int, rank: int) -> int:

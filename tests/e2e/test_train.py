@@ -193,7 +193,7 @@ def test_killed_and_resumed_on_other_world_sizes(undisturbed: tuple[Path, str], 
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
         _kill_ranks(path)
-        process.communicate()
+        process.communicate(timeout=60)  # ends when nothing of the run is left to hold its output
     run(*recipe, "name=killed", "cluster=cpu2", "parallel=fsdp")
     assert_equal_runs(path, undisturbed[0], 1e-4)
 
