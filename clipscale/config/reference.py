@@ -35,14 +35,10 @@ def _docstrings(schema: type) -> dict[str, str]:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    value = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    value = field.default_factory() if callable(field.default_factory) else field.default
     if isinstance(value, Enum):
         return str(value.value)
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, list)
-        else str(value)
-    )
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -77,7 +78,11 @@ SCENES = {(1,): 66, (1, 1): 16, (2,): 6, (1, 1, 1): 5, (2, 1): 4, (3,): 3}
 _LOW, _HIGH, _MIDDLE = (0.0, 0.5), (0.5, 1.0), (0.0, 1.0)
 _HALVES = [[(_LOW, _MIDDLE), (_HIGH, _MIDDLE)], [(_MIDDLE, _LOW), (_MIDDLE, _HIGH)]]
 # Where the objects of a scene of so many may lie: ranges of x and y, one pair for each.
-LAYOUTS = {1: [[(_MIDDLE, _MIDDLE)]], 2: _HALVES, 3: [list(itertools.product((_LOW, _HIGH), repeat=2))]}
+LAYOUTS: dict[int, list[Any]] = {
+    1: [[(_MIDDLE, _MIDDLE)]],
+    2: _HALVES,
+    3: [list(itertools.product((_LOW, _HIGH), repeat=2))],
+}
 FRAMES = ("{}", "{}", "{}", "a photo of {}", "a picture of {}", "an image of {}", "there {be} {}", "here {be} {}")
 TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}", "an image of a {}", "there is a {}")
 
@@ -103,7 +108,7 @@ class ShapesSpec:
 
     def __post_init__(self) -> None:
         # Two thirds of the compositions stay in training, where every attribute must be met often.
-        bounds = dict(train=(2, 10**6), val=(1, 10**4), classes=(2, 384), per_class=(1, 1000), image_size=(32, 512))
+        bounds = dict(train=(2, 10**5), val=(1, 10**4), classes=(2, 384), per_class=(1, 1000), image_size=(32, 512))
         for key, (low, high) in bounds.items():
             if not low <= getattr(self, key) <= high:
                 raise ConfigError(f"data.shapes.{key}={getattr(self, key)}: give a number from {low} to {high}")
@@ -324,7 +329,7 @@ def _samples(spec: ShapesSpec, split: str, indices: range) -> Iterator[tuple[str
         captions = _captions(spec, split, told[index], scenes[told[index]])
         name = " + ".join(sorted(thing.class_name for thing in scenes[index]))
         objects = [{key: value for key, value in thing._asdict().items() if key != "group"} for thing in scenes[index]]
-        facts = {"name": name, "captions": captions, "objects": objects}
+        facts: dict[str, Any] = {"name": name, "captions": captions, "objects": objects}
         if split == "zeroshot":
             facts["label"] = index % spec.classes
         image = _jpeg(_Random(spec, f"{split} pixels", index), scenes[index], spec.image_size)
@@ -380,8 +385,9 @@ def ensure_shapes(spec: ShapesSpec, root: Path | None = None) -> Path:
     if final.is_dir():
         return final
     for stale in final.parent.glob(f".{final.name}-*"):  # of a killed process; a living one needs seconds
-        if time.time() - stale.stat().st_mtime > 3600:
-            shutil.rmtree(stale, ignore_errors=True)
+        with suppress(FileNotFoundError):  # it is finished at this moment
+            if time.time() - stale.stat().st_mtime > 3600:
+                shutil.rmtree(stale, ignore_errors=True)
     draft = final.parent / f".{final.name}-{os.getpid()}-{time.time_ns()}"
     try:
         write_shapes(draft, spec)
