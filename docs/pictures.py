@@ -39,6 +39,7 @@ def curve(run: Path, out: Path) -> None:
             right.plot(seen, value, "o-", color=colour, label=label, linewidth=1.5, markersize=4)
             right.plot(seen, luck, ":", color=colour, label=f"chance, {luck[-1]:.3f}")
     right.set(xlabel="samples seen", ylabel="held-out accuracy", ylim=(0, None))
+    right.set_xlim(left=0)
     right.legend(frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -58,7 +59,8 @@ def retrieval(run: Path, out: Path) -> None:
     with torch.no_grad():
         images = model.encode_image(torch.stack([item.image for item in held_out]), normalize=True)
         texts = model.encode_text(tokenizer([held_out[i].fields[0] for i in asked]), normalize=True)
-    figure, axes = plt.subplots(QUERIES, FOUND, figsize=(9, 1.75 * QUERIES), layout="constrained")
+    figure, axes = plt.subplots(QUERIES, FOUND, figsize=(9, 1.75 * QUERIES))
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.96, hspace=0.25, wspace=0.03)
     for row, number, scores in zip(axes, asked, texts @ images.T, strict=True):
         row[0].set_title(f"“{held_out[number].fields[0]}”", loc="left", fontsize=10)
         for cell, found in zip(row, scores.topk(FOUND).indices.tolist(), strict=True):
