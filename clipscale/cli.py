@@ -44,7 +44,7 @@ def eval_command(
         list[str] | None,
         typer.Argument(help="Evaluate on something else: data.val.shards=… data.zeroshot.classes=…"),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Evaluate what a run trained: validation loss, retrieval both ways, zero-shot classification."""
@@ -82,6 +82,8 @@ def train(arguments: list[str]) -> int:
         except ClipscaleError as error:  # kept from Hydra, which would put a remark of its own before it
             errors.append(error)
             return None
+        if code == ExitCode.PREEMPTED:
+            raise SystemExit(code)  # a sweep stops as well
         codes.append(code)
         return objective
 

@@ -30,6 +30,10 @@ class DataError(ClipscaleError):
     """Data that is not there, or is not what the configuration says."""
 
 
+class BusyError(ClipscaleError):
+    """A run that another process is training."""
+
+
 class DivergedError(ClipscaleError):
     """Training produced a non-finite loss."""
 

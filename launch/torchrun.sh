@@ -12,6 +12,7 @@ NODES=${NODES:-1}
 
 # Without this a restarted rank can meet the address of its dead peer in the agent's store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 if [ "$NODES" -eq 1 ]; then

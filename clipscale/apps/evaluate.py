@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from clipscale.checkpoint.loading import find_checkpoint, load
 from clipscale.config import Config
 from clipscale.config.compose import explain, quote_shards
+from clipscale.config.schema import Device
 from clipscale.distributed.runtime import start
 from clipscale.errors import ConfigError
 from clipscale.evals import EvalContext, build_evaluators
@@ -22,12 +23,16 @@ from clipscale.parallel import towers_autocast
 from clipscale.telemetry.console import summary_table
 from clipscale.trainer.build import place_data
 
+DEVICES = tuple(device.value for device in Device)
+
 
 def evaluate(run: Path, overrides: Sequence[str], device: str, as_json: bool) -> dict[str, float]:
     """Evaluate a run or checkpoint and print a table, or JSON. ``overrides`` change ``data.*`` and ``eval.*`` keys.
 
     Raises ClipscaleError for a path that is no run, data that is not there, or nothing to evaluate.
     """
+    if device not in DEVICES:
+        raise ConfigError(f"--device {device}: choose from {', '.join(DEVICES)}")
     path, config = find_checkpoint(run)
     config = _override(config, overrides)
     runtime = start(device, config.distributed.timeout_s)
@@ -63,8 +68,8 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
         if not override.startswith(("data.", "eval.")) or "=" not in override:
             raise ConfigError(f"{override}: clipscale eval takes data.KEY=value and eval.KEY=value")
     try:
-        dots = [o.replace("'", "") for o in quote_shards(overrides)]
-        merged = OmegaConf.merge(OmegaConf.structured(config), OmegaConf.from_dotlist(dots))
+        changes = OmegaConf.from_dotlist(quote_shards(overrides))
+        merged = OmegaConf.merge(OmegaConf.structured(config), changes)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise explain(error, overrides) from error

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class Checkpointer:
         """Write a checkpoint; every rank calls it. Returns its directory."""
         path = self._directory / f"step_{saved.step:08d}"
         weights, moments = get_state_dict(model, optimizer)
-        with _quiet():
+        with _quiet(), _in_one_line(path, "written"):
             dcp.save({"model": weights, "optim": moments, "ema": dict(ema)}, checkpoint_id=path)
         if rank() == 0:
             files = {file.name: file.stat().st_size for file in path.iterdir() if file.name != MANIFEST}
@@ -114,12 +115,17 @@ def read_saved(path: Path) -> Saved:
 
 def read_tensors(path: Path, state: dict[str, Any]) -> None:
     """Fill a state dict in place from a checkpoint. Raises ClipscaleError when it does not fit or is damaged."""
+    with _quiet(), _in_one_line(path, "loaded"):
+        dcp.load(state, checkpoint_id=path)
+
+
+@contextmanager
+def _in_one_line(path: Path, verb: str) -> Iterator[None]:
     try:
-        with _quiet():
-            dcp.load(state, checkpoint_id=path)
+        yield
     except dcp.api.CheckpointException as error:  # not an Exception, and its text is pages long
         first = next(iter(error.failures.values()))[0]
-        raise ClipscaleError(f"checkpoint {path} cannot be loaded: {str(first).splitlines()[0]}") from None
+        raise ClipscaleError(f"checkpoint {path} cannot be {verb}: {str(first).splitlines()[0]}") from None
 
 
 def _is_finished(path: Path) -> bool:

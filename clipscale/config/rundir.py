@@ -16,7 +16,7 @@ from clipscale.config.fields import Resume
 from clipscale.config.resume import differences, identity
 from clipscale.config.schema import Config
 from clipscale.config.validate import default_streams, validate
-from clipscale.errors import ClipscaleError, ConfigError
+from clipscale.errors import BusyError, ConfigError
 
 
 @dataclass
@@ -40,6 +40,9 @@ def open_run(config: Config, experiment: str, overrides: Sequence[str], world: i
         config.name = f"{experiment}-{identity(config)}"
     run = Run(Path(config.runs_dir, config.name), config)
     recorded = run.path / "config.yaml"
+    if run.path.is_dir():
+        lock(run.path).close()  # a run that is being trained is left as it is
+        (run.path / "result.json").unlink(missing_ok=True)  # of an attempt before this one
     if recorded.exists() and count_events(run.path, "started"):  # one that never began may be corrected freely
         _join(run, load_config(recorded))
     else:
@@ -81,21 +84,22 @@ def log_event(path: Path, event: str, **details: Any) -> None:
 def count_events(path: Path, event: str) -> int:
     """How often an event is in the run's ``events.jsonl``."""
     try:
-        return sum(json.loads(line)["event"] == event for line in (path / "events.jsonl").read_text().splitlines())
+        return sum(f'"event": "{event}"' in line for line in (path / "events.jsonl").read_text().splitlines())
     except FileNotFoundError:
         return 0
 
 
 def lock(path: Path) -> IO[str]:
-    """Hold the run against a second process; the lock goes with the returned file. Raises ClipscaleError if held."""
-    file = (path / ".lock").open("a+")
+    """Hold the run against a second process; the lock goes with the returned file. Raises BusyError if held."""
+    try:
+        file = (path / ".lock").open("a+")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); set runs_dir or name") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
-        raise ClipscaleError(
-            f"{path} is being trained by process {file.read().strip()}; wait, or choose name=…"
-        ) from None
+        raise BusyError(f"{path} is being trained by process {file.read().strip()}; wait, or choose name=…") from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

@@ -63,7 +63,8 @@ def _batch(config: Config, world: int) -> Iterator[str]:
     if config.data.streams is not None and (config.data.streams < 1 or batch % config.data.streams):
         yield (
             f"data.streams={config.data.streams} does not divide global_batch_size={batch}; "
-            f"use data.streams={default_streams(batch)}"
+            f"use data.streams={default_streams(batch)}, or, for a run that has them, global_batch_size="
+            f"{-(-batch // max(config.data.streams, 1)) * max(config.data.streams, 1)}"
         )
     elif streams % world:
         usable = max((v for v in range(world, batch + 1, world) if batch % v == 0 and v <= 4096), default=batch)
@@ -100,7 +101,17 @@ def _training(config: Config) -> Iterator[str]:
         yield f"ema.decay={config.ema.decay} must lie between 0 and 1, e.g. ema.decay=0.999; null turns it off"
     if config.optim.clip_grad_norm is not None and config.optim.clip_grad_norm <= 0:
         yield f"optim.clip_grad_norm={config.optim.clip_grad_norm} must be above 0; null does not clip"
-    if config.model.text.width % config.model.text.heads:
+    for key, value in (("beta1", config.optim.beta1), ("beta2", config.optim.beta2)):
+        if not 0 <= value < 1:
+            yield f"optim.{key}={value} must lie in [0, 1)"
+    if not 0 < config.schedule.decay_fraction <= 1:
+        yield f"schedule.decay_fraction={config.schedule.decay_fraction} must lie in (0, 1]"
+    if config.loss.max_logit_scale is not None and config.loss.max_logit_scale < 1:
+        yield f"loss.max_logit_scale={config.loss.max_logit_scale} must be at least 1; null leaves it free"
+    vision = config.model.vision
+    if vision.heads is not None and (vision.heads < 1 or (vision.width is not None and vision.width % vision.heads)):
+        yield f"model.vision.width={vision.width} is not divisible by model.vision.heads={vision.heads}"
+    if config.model.text.heads < 1 or config.model.text.width % config.model.text.heads:
         yield (
             f"model.text.width={config.model.text.width} is not divisible by model.text.heads={config.model.text.heads}"
         )

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,9 @@ from clipscale.data.samples import (
 )
 from clipscale.data.stream import read_stream
 from clipscale.data.tokenizer import Tokenizer
+from clipscale.errors import DataError
+
+GRACE_S = 60.0  # what a worker that was told to end gives the trainer to stop first
 
 
 @dataclass
@@ -52,7 +56,7 @@ class Batch:
     """Captions cut to the context length."""
 
     def pin_memory(self) -> Batch:
-        """Called by the DataLoader's pinning thread."""
+        """Move the tensors that go to the device to page-locked memory."""
         for name in ("images", "text_ids", "text_lengths"):
             setattr(self, name, getattr(self, name).pin_memory())
         return self
@@ -95,14 +99,19 @@ class _StreamReader(IterableDataset):
     options: SampleOptions
     tokenizer: Tokenizer
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | DataError]:
         info = get_worker_info()
         number, workers = (info.id, info.num_workers) if info else (0, 1)
         streams = np.array_split(self.streams, workers)[number]
         positions = np.array_split(self.positions, workers)[number].copy()
         readers = [read_stream(self.order, self.paths, int(v), int(p)) for v, p in zip(streams, positions, strict=True)]
         while True:
-            yield self._batch(streams, readers, positions)
+            try:
+                batch = self._batch(streams, readers, positions)
+            except DataError as error:  # as data: an exception would come out of the DataLoader as a traceback's text
+                yield error
+                return
+            yield batch
 
     def _batch(
         self,
@@ -114,7 +123,7 @@ class _StreamReader(IterableDataset):
         captions: list[NDArray[np.int32]] = []
         keys: list[str] = []
         bad: list[tuple[str, str]] = []
-        truncated = 0
+        truncated, in_a_row = 0, 0
         for i, reader in enumerate(readers):
             wanted = len(keys) + self.per_stream
             while len(keys) < wanted:
@@ -125,8 +134,10 @@ class _StreamReader(IterableDataset):
                     image, ids, cut = self._prepare(sample, random)
                 except BadSample as error:
                     bad.append((str(error), sample.key))
-                    self._give_up_if_all_bad(bad, positions[i])
+                    in_a_row += 1
+                    self._give_up_on(bad[-in_a_row:])
                     continue
+                in_a_row = 0
                 images.append(image)
                 captions.append(ids)
                 keys.append(sample.key)
@@ -142,16 +153,14 @@ class _StreamReader(IterableDataset):
         image = decode_image(find_image(sample, self.options.image_keys), self.options.image.max_pixels)
         return train_crop(image, self.options.image, random), *self.tokenizer.encode(caption)
 
-    def _give_up_if_all_bad(self, bad: Sequence[tuple[str, str]], position: int) -> None:
+    def _give_up_on(self, bad: Sequence[tuple[str, str]]) -> None:
         # Without this, a set in which nothing is usable would be read round and round for ever.
         total = sum(shard.samples for shard in self.order.shards)
         if len(bad) >= min(total, 10_000):
             reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(r for r, _ in bad).most_common(5))
-            raise UnusableDataError(f"{len(bad)} samples in a row are unusable: {reasons}")
-
-
-class UnusableDataError(RuntimeError):
-    """No sample of the training data can be used."""
+            raise DataError(
+                f"{len(bad)} samples in a row are unusable: {reasons}; check data.image_keys and data.caption_key"
+            )
 
 
 class TrainLoader:
@@ -185,11 +194,14 @@ class TrainLoader:
             order, paths, mine, positions[mine], global_batch_size // order.streams, options, tokenizer
         )
         self._parts = max(1, min(workers, len(mine)))
+        self._pin_memory = pin_memory
         context = None
         if workers:
             # Not fork: the training process has threads. The server imports once, and every worker is a copy of it.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["clipscale.data.loader", "open_clip"])
+            with _signals_ignored():
+                forkserver.ensure_running()
         with _without_advice():
             self._loader = DataLoader(
                 reader,
@@ -197,7 +209,6 @@ class TrainLoader:
                 num_workers=self._parts if workers else 0,
                 multiprocessing_context=context,
                 prefetch_factor=4 if workers else None,
-                pin_memory=pin_memory,
                 worker_init_fn=_start_worker if workers else None,
             )
 
@@ -206,7 +217,23 @@ class TrainLoader:
         with _without_advice():
             items = iter(self._loader)
         while True:
-            yield Batch.concatenate([next(items) for _ in range(self._parts)])
+            parts = [next(items) for _ in range(self._parts)]
+            for part in parts:
+                if isinstance(part, DataError):
+                    raise part
+            batch = Batch.concatenate(parts)
+            yield batch.pin_memory() if self._pin_memory else batch
+
+
+@contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """What is started inside inherits that SIGTERM and SIGUSR1 do nothing."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -218,7 +245,11 @@ def _without_advice() -> Iterator[None]:
 
 
 def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides what an interrupt means
+    # The trainer decides what a signal means, and needs batches until its ranks have agreed on the step at which to
+    # stop: torchrun signals a rank's whole process group.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: threading.Timer(GRACE_S, os._exit, (1,)).start())
     threading.Thread(target=_end_with_the_trainer, daemon=True).start()
 
 

@@ -22,10 +22,17 @@ def build_optimizer(model: nn.Module, config: Optim) -> torch.optim.AdamW:
         if parameter.requires_grad:
             is_vector = parameter.ndim < 2 or name.rpartition(".")[2] in NO_DECAY
             (exempt if is_vector else decayed).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": exempt}],
         fused=True,  # several times faster than the default, on CPU too
     )
+    configure(optimizer, config)
+    return optimizer
+
+
+def configure(optimizer: torch.optim.Optimizer, config: Optim) -> None:
+    """Set what the configuration says; also after a restore, which brings back what the checkpoint was made with."""
+    for group, weight_decay in zip(optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
+        group |= {
+            "lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "weight_decay": weight_decay,
+        }  # fmt: skip

@@ -85,7 +85,8 @@ def _fsdp(model: CLIP, units: list[nn.Module], device: torch.device) -> nn.Modul
     for unit in units:
         shard(unit)
     shard(model.temperature, mp_policy=MixedPrecisionPolicy())
-    shard(model)
+    # The root too: left gathered after an evaluation, it would hide its shards from whoever changes or reads them then.
+    shard(model, reshard_after_forward=True)
     for method in ("encode_image", "encode_text"):
         register_fsdp_forward_method(model, method)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -28,7 +29,8 @@ def last_values(path: Path) -> dict[str, float]:
         return {}
     values: dict[str, float] = {}
     for line in path.read_text().splitlines():
-        values |= {key: value for key, value in json.loads(line).items() if "/" in key}
+        with contextlib.suppress(ValueError):  # a kill can cut the last line
+            values |= {key: value for key, value in json.loads(line).items() if "/" in key}
     return values
 
 

@@ -26,7 +26,11 @@ class WandbSink:
         self._say, self._run = say, None
         mode = config.mode
         if mode is TrackingMode.auto:
-            mode = TrackingMode.online if _has_key() else TrackingMode.offline
+            try:
+                mode = TrackingMode.online if _has_key() else TrackingMode.offline
+            except Exception as error:
+                say(f"W&B settings cannot be read ({_first_line(error)})")
+                mode = TrackingMode.offline
         for attempt in dict.fromkeys((mode, TrackingMode.offline)):
             try:
                 self._run = self._start(run, config, settings, attempt.value)

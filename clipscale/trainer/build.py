@@ -20,7 +20,7 @@ from clipscale.data.samples import ImageOptions
 from clipscale.data.shapes import ShapesSpec, ensure_shapes
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.distributed.runtime import Runtime
-from clipscale.errors import ConfigError, DataError
+from clipscale.errors import ClipscaleError, ConfigError, DataError
 
 T = TypeVar("T")
 
@@ -105,9 +105,19 @@ def build_loader(
 
 def once_per_node(runtime: Runtime, make: Callable[[], T]) -> T:
     """Let the first process of each node fill a cache on disk before the others read it."""
-    made = make() if runtime.local_rank == 0 else None
+    made, failed = None, ""
+    if runtime.local_rank == 0:
+        try:
+            made = make()
+        except ClipscaleError as error:
+            failed = str(error)
     if runtime.world > 1:
-        dist.barrier()
+        # What one finds wrong all must know: the others would wait, and end with a remark about their peer.
+        everyone = [failed] * runtime.world
+        dist.all_gather_object(everyone, failed)
+        failed = next(filter(None, everyone), "")
+    if failed:
+        raise DataError(failed)
     return make() if made is None else made
 
 

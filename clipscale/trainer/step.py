@@ -34,6 +34,7 @@ class TrainStep:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: Ema | None
+    _norm: torch.Tensor | None = None  # of the gradient before clipping; None if nothing is clipped
 
     def __call__(self, batch: Batch, samples_seen: int, lr: float) -> torch.Tensor:
         """Train on this rank's part of a batch that begins after ``samples_seen``. Returns the loss of the global
@@ -51,7 +52,7 @@ class TrainStep:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         if self.config.optim.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad_norm)
+            self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._clamp_temperature()
@@ -60,8 +61,9 @@ class TrainStep:
         return loss.detach()
 
     def grad_norm(self) -> float:
-        """Norm of the gradient that the last step used, over all parameters of all ranks."""
-        return whole(nn.utils.get_total_norm(_gradients(self.model))).item()
+        """Norm of the last step's gradient over all parameters of all ranks, before it was clipped."""
+        norm = nn.utils.get_total_norm(_gradients(self.model)) if self._norm is None else self._norm
+        return whole(norm).item()
 
     def logit_scale(self) -> float:
         """The multiplier on similarities."""

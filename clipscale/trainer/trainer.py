@@ -32,7 +32,7 @@ from clipscale.errors import ConfigError, DivergedError, ExitCode
 from clipscale.evals import EvalContext, build_evaluators
 from clipscale.losses import LOSSES
 from clipscale.models import build_model
-from clipscale.optim import Ema, build_optimizer, learning_rate
+from clipscale.optim import Ema, build_optimizer, configure, learning_rate
 from clipscale.parallel import build_scaler, parallelize, towers_autocast
 from clipscale.telemetry import Meters, Sinks, last_values
 from clipscale.trainer.build import build_loader, build_train_data, place_data, run_path
@@ -92,7 +92,7 @@ class Trainer:
                     self._log()
                 if self._due(config.eval.every_samples):
                     self._evaluate()
-                if self._due(config.checkpoint.every_samples):
+                if self._due(config.checkpoint.every_samples) and not self._is_over:  # the last one follows evaluation
                     self._save()
                 if stop.agreed() and not self._is_over:
                     self._save()
@@ -326,7 +326,10 @@ class Trainer:
             ema = self.ema.state_dict() if self.ema else {}
             self.saved = self.checkpoints.restore(newest, self.model, self.step.optimizer, ema)
             self._check_order()
-            self.step.scaler.load_state_dict(self.saved.scaler)
+            configure(self.step.optimizer, self.config.optim)
+            if self.saved.scaler:  # empty if the run had none until now
+                self.step.scaler.load_state_dict(self.saved.scaler)
+            self.warned["bad"] = self.saved.bad_samples
             self.checkpointed_at = self.saved.step
         if self.runtime.is_main:
             self.checkpoints.clean()

@@ -185,3 +185,23 @@ def _shard_without_blocks() -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def _with_evaluation(evaluate: bool) -> tuple[list[float], int]:
+    config, _ = compose(["parallel=fsdp"])
+    config.model = small("vit")
+    step = build(config)
+    assert step.ema is not None
+    losses = advance(step, 0, 2)
+    if evaluate:
+        with step.ema.applied(), torch.no_grad():
+            step.model.encode_image(make_batch(0, slice(0, 2)).images)
+            step.model.encode_text(make_batch(0, slice(0, 2)))
+    visible = sum(p.grad is not None for p in step.model.parameters())
+    return losses + advance(step, 2, 2), visible
+
+
+def test_an_evaluation_of_the_average_leaves_no_trace(pool2: Any) -> None:
+    """A root that stays gathered after it would go on with the averaged weights."""
+    without, with_it = pool2.run(_with_evaluation, False), pool2.run(_with_evaluation, True)
+    assert without == with_it

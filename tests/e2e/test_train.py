@@ -208,8 +208,10 @@ def _kill_ranks(path: Path) -> None:
             continue
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_asked_to_stop_it_saves_and_goes_on(undisturbed: tuple[Path, str], recipe: list[str], world: int) -> None:
+@pytest.mark.parametrize(("world", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_asked_to_stop_it_saves_and_goes_on(
+    undisturbed: tuple[Path, str], recipe: list[str], world: int, number: signal.Signals
+) -> None:
     path = undisturbed[0].with_name(f"stopped-{world}")
     arguments = [
         *recipe,
@@ -223,7 +225,7 @@ def test_asked_to_stop_it_saves_and_goes_on(undisturbed: tuple[Path, str], recip
         if (path / "metrics.jsonl").exists() and losses(path):
             break
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert "stopped at" in output and "Traceback" not in output

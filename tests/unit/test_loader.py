@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipscale.data.loader import Batch, SampleOptions, TrainLoader, UnusableDataError
+from clipscale.data.loader import Batch, SampleOptions, TrainLoader
 from clipscale.data.manifest import ShardFile, count_shards, expand_shards, scan_shard
 from clipscale.data.order import SampleOrder
 from clipscale.data.samples import ImageOptions
@@ -113,7 +113,7 @@ def test_batches_follow_the_order_and_count_the_bad(paths: list[Path], tokenizer
 
 def test_hopeless_data_ends_with_the_reason(tmp_path: Path, tokenizer: Tokenizer) -> None:
     paths = write_shards(tmp_path, [30], {n: {"txt": b"a"} for n in range(30)})
-    with pytest.raises(UnusableDataError, match="30 x no_image"):
+    with pytest.raises(DataError, match="30 x no_image"):
         batches(paths, tokenizer, count=1)
 
 
