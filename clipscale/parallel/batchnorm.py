@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,7 +24,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total(gradient)
 
 
-def _global_statistics(norm: _BatchNorm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _global_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     dims = [0, *range(2, x.ndim)]
     count = x.numel() // x.shape[1] * world_size()
     x = x.float()
@@ -39,7 +38,7 @@ def _global_statistics(norm: _BatchNorm, x: torch.Tensor) -> tuple[torch.Tensor,
 def _forward(norm: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
     if not norm.training:
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
-    mean, variance, count = _global_statistics(norm, x)
+    mean, variance, count = _global_statistics(x)
     if norm.track_running_stats:
         with torch.no_grad():
             assert norm.running_mean is not None and norm.running_var is not None
@@ -54,17 +53,15 @@ def _forward(norm: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
     return out.to(x.dtype)
 
 
-def use_global_batch_statistics(model: nn.Module) -> int:
-    """Make every BatchNorm of ``model`` take its training statistics over all ranks; returns how many there are.
+def use_global_batch_statistics(model: nn.Module) -> None:
+    """Make every BatchNorm of ``model`` take its training statistics over all ranks.
 
     torch's own SyncBatchNorm does the same on CUDA only. Call it after the process group exists.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    if not dist.is_initialized() or world_size() == 1:
-        return len(norms)
-    for norm in norms:
-        _patch(norm)
-    return len(norms)
+    if world_size() > 1:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                _patch(module)
 
 
 def _patch(norm: _BatchNorm) -> None:

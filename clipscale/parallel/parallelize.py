@@ -29,7 +29,6 @@ class Parallelized:
 
     model: CLIP
     module: Callable[..., Any]
-    units: int
 
 
 def parallelize(model: CLIP, config: Parallel, device: torch.device) -> Parallelized:
@@ -57,7 +56,7 @@ def parallelize(model: CLIP, config: Parallel, device: torch.device) -> Parallel
     module: Callable[..., Any] = model
     if dist.is_initialized():
         module = STRATEGIES[config.strategy.value](model, units, device)
-    return Parallelized(model, module, len(units))
+    return Parallelized(model, module)
 
 
 def find_blocks(model: CLIP) -> dict[str, list[nn.Module]]:
