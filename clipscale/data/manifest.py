@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
 from clipscale.data.order import Shard
+from clipscale.data.tar import TarError, members
 from clipscale.errors import DataError
 
 # Members whose first path component looks like this carry a shard's metadata, not samples (WebDataset's rule).
@@ -107,42 +107,30 @@ def shard_index(path: Path) -> ShardIndex:
 
 
 def scan_shard(path: Path) -> ShardIndex:
-    """Walk a tar's headers. Samples are runs of members with one key; a member cut short by the end is left out."""
+    """Walk a tar's headers. Samples are runs of files with one key; a file cut short by the end is left out."""
     size = path.stat().st_size
     offsets: list[int] = []
     damage, last_key, end = "", None, 0
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in _members(archive):
-                if member.offset_data + member.size > size:
-                    damage = "cut short in the middle of a member"
+    with path.open("rb") as raw:
+        try:
+            for member in members(raw):
+                if member.data + member.size > size:
+                    damage = "cut short in the middle of a file"
                     break
-                key, _ = sample_key(member.name) if member.isreg() else (None, "")
+                key, _ = sample_key(member.name) if member.is_file else (None, "")
                 if key is not None and key != last_key:
-                    offsets.append(member.offset)
+                    offsets.append(member.start)
                     last_key = key
-                end = member.offset_data + -(-member.size // 512) * 512
-    except tarfile.TarError as error:
-        if not offsets:
-            raise DataError(f"{path} is not a readable tar archive: {error}") from None
-        damage = f"unreadable after byte {end}: {error}"
-    if not damage:
-        with path.open("rb") as raw:
+                end = member.end
+        except TarError as error:
+            damage = f"unreadable after {len(offsets)} samples: {error}"
+        if not damage:
             raw.seek(end)
-            rest = raw.read(512)
-        if not rest:
-            damage = "has no end-of-archive marker"
-        elif rest.strip(b"\0"):
-            damage = f"unreadable after byte {end}: not a tar header"
+            if not raw.read(1):
+                damage = "has no end-of-archive mark"
     return ShardIndex(np.array([*offsets, end], dtype=np.int64), damage)
 
 
 def cache_dir() -> Path:
     """Where indexes and built-in data are kept: ``$XDG_CACHE_HOME/clipscale`` or ``~/.cache/clipscale``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipscale"
-
-
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (member := archive.next()) is not None:
-        yield member
-        archive.members = []  # type: ignore[attr-defined]  # tarfile remembers every header it saw; a shard may hold a million

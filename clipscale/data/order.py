@@ -28,11 +28,14 @@ def mix(*values: int) -> int:
     """A 64-bit hash of integers (splitmix64, chained): the same on every machine and in every library version."""
     state = 0
     for value in values:
-        state = (state ^ (value & _MASK)) * _GAMMA + _GAMMA & _MASK
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
-        state ^= state >> 31
+        state = _scramble((state ^ (value & _MASK)) * _GAMMA + _GAMMA & _MASK)
     return state
+
+
+def _scramble(state: int) -> int:
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+    return state ^ state >> 31
 
 
 def permutation(length: int, *key: int) -> NDArray[np.int64]:
@@ -45,16 +48,15 @@ def permutation(length: int, *key: int) -> NDArray[np.int64]:
 
 
 class KeyedRandom:
-    """Uniform numbers that depend on a key alone; ``KeyedRandom(seed, stream, position)`` belongs to one sample."""
+    """Uniform numbers from a key alone (splitmix64); ``KeyedRandom(seed, stream, position)`` is one sample's."""
 
     def __init__(self, *key: int) -> None:
         self._state = mix(*key)
-        self._drawn = 0
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         """A number in [low, high)."""
-        self._drawn += 1
-        return low + (high - low) * ((mix(self._state, self._drawn) >> 11) * 2.0**-53)
+        self._state = self._state + _GAMMA & _MASK
+        return low + (high - low) * ((_scramble(self._state) >> 11) * 2.0**-53)
 
     def below(self, bound: int) -> int:
         """An integer in [0, bound)."""

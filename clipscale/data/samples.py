@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2.functional import center_crop
 
 from clipscale.data.order import KeyedRandom
 
@@ -87,13 +88,16 @@ def decode_image(data: bytes, max_pixels: int) -> torch.Tensor:
     if not data:
         raise BadSample("empty_image")
     try:
+        if size := _plain_jpeg_size(data):
+            _refuse_bomb(*size, max_pixels)
+            try:
+                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+            except RuntimeError:
+                pass  # libjpeg refuses some files that PIL reads, and the other way round
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns about large images; max_pixels decides
             image = Image.open(io.BytesIO(data))
-            if image.width * image.height > max_pixels:
-                raise BadSample("too_many_pixels")
-            if image.format == "JPEG" and image.mode in ("RGB", "L") and not _is_turned(image):
-                return _decode_jpeg(data, image)
+            _refuse_bomb(image.width, image.height, max_pixels)
             return _to_rgb(image)
     except BadSample:
         raise
@@ -101,15 +105,26 @@ def decode_image(data: bytes, max_pixels: int) -> torch.Tensor:
         raise BadSample("undecodable_image") from error
 
 
-def _is_turned(image: Image.Image) -> bool:
-    return image.getexif().get(0x0112, 1) != 1
+def _refuse_bomb(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadSample("too_many_pixels")
 
 
-def _decode_jpeg(data: bytes, image: Image.Image) -> torch.Tensor:
-    try:
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except RuntimeError:
-        return _to_rgb(image)  # libjpeg refuses some files that PIL reads, and the other way round
+def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of an 8-bit grey or colour JPEG that carries no EXIF block, from its markers; None otherwise."""
+    place, end = 2, len(data) - 9
+    if data[:2] != b"\xff\xd8":
+        return None
+    while place < end and data[place] == 0xFF:
+        marker = data[place + 1]
+        if 0xC0 <= marker <= 0xC2:
+            bits, components = data[place + 4], data[place + 9]
+            height, width = int.from_bytes(data[place + 5 : place + 7]), int.from_bytes(data[place + 7 : place + 9])
+            return (width, height) if bits == 8 and components in (1, 3) else None
+        if not 0xC3 <= marker <= 0xFE or marker == 0xE1:
+            return None
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    return None
 
 
 def _to_rgb(image: Image.Image) -> torch.Tensor:
@@ -120,17 +135,18 @@ def _to_rgb(image: Image.Image) -> torch.Tensor:
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+        image = Image.new("RGB", rgba.size, "white")
+        image.paste(rgba, mask=rgba)
+    return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)
 
 
 def train_crop(image: torch.Tensor, options: ImageOptions, random: KeyedRandom) -> torch.Tensor:
     """CLIP's only augmentation, a random resized crop (paper, section 2.3): UInt8[3, H, W] to UInt8[3, S, S]."""
     height, width = image.shape[-2:]
-    low, high = np.log(options.crop_ratio)
+    low, high = (math.log(ratio) for ratio in options.crop_ratio)
     for _ in range(10):
         area = height * width * random.uniform(*options.crop_scale)
-        ratio = float(np.exp(random.uniform(low, high)))
+        ratio = math.exp(random.uniform(low, high))
         w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
             top, left = random.below(height - h + 1), random.below(width - w + 1)
@@ -148,13 +164,14 @@ def eval_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     # The longer side is rounded down, as torchvision's Resize does.
     image = _resize(image, (size if height <= width else int(size * height / width),
                             size if width <= height else int(size * width / height)))  # fmt: skip
-    return F.center_crop(image, [size, size])
+    return center_crop(image, [size, size])
 
 
 def _resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if tuple(image.shape[-2:]) == size:
         return image.contiguous()
-    return F.resize(image, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    # On uint8 this is exact to PIL's within a step, and what torchvision's resize would call.
+    return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
 
 
 def preprocess(image: Image.Image, size: int) -> torch.Tensor:

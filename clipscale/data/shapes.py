@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from clipscale.data.order import KeyedRandom
 from clipscale.errors import ConfigError
 
-FORMAT_VERSION = 1  # part of the cache's name: raise it whenever the same spec gives other bytes
+FORMAT_VERSION = 2  # part of the cache's name: raise it whenever the same spec gives other bytes
 SAMPLES_PER_SHARD = 1024
 SUPERSAMPLE = 3
 

@@ -7,12 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-from webdataset.tariterators import tar_file_iterator
-
 from clipscale.data.manifest import sample_key, shard_index
 from clipscale.data.order import SampleOrder, Window
 from clipscale.data.samples import Member
+from clipscale.data.tar import TarError, members
 from clipscale.errors import DataError
+
+READ_AHEAD = 1 << 16  # bytes, per stream
 
 
 def read_samples(path: Path, start: int, stop: int) -> Iterator[Member]:
@@ -23,45 +24,39 @@ def read_samples(path: Path, start: int, stop: int) -> Iterator[Member]:
     offsets = shard_index(path).offsets
     if stop >= len(offsets):
         raise DataError(f"{path} holds {len(offsets) - 1} samples, sample {stop - 1} was asked for: it changed")
-    with path.open("rb") as raw:
-        raw.seek(int(offsets[start]))
-        found = 0
-        for sample in _group(_Stretch(raw, int(offsets[stop] - offsets[start])), path.name):
-            found += 1
-            yield sample
+    found = 0
+    try:
+        with path.open("rb", buffering=READ_AHEAD) as raw:
+            for sample in _group(raw, int(offsets[start]), int(offsets[stop]), path.name):
+                found += 1
+                yield sample
+    except TarError as error:
+        raise DataError(f"{path} is not what its index says ({error}): it changed; start again") from None
     if found != stop - start:
         raise DataError(f"{path} gave {found} samples, its index says {stop - start}: it changed; start again")
 
 
-class _Stretch:
-    """The next ``length`` bytes of a file: the tar reader must not run on into what may be damaged."""
-
-    def __init__(self, raw: BinaryIO, length: int) -> None:
-        self._raw, self._left = raw, length
-
-    def read(self, size: int) -> bytes:
-        data = self._raw.read(min(size, self._left))
-        self._left -= len(data)
-        return data
-
-
-def _group(raw: _Stretch, shard: str) -> Iterator[Member]:
-    key: str | None = None
-    members: dict[str, bytes] = {}
+def _group(raw: BinaryIO, start: int, stop: int, shard: str) -> Iterator[Member]:
+    """The samples between two places: runs of files with one key."""
+    current: str | None = None
+    parts: dict[str, bytes] = {}
     problem = ""
-    for item in tar_file_iterator(raw, skip_meta=None):
-        item_key, suffix = sample_key(item["fname"])
-        if item_key is None:
+    for member in members(raw, start, stop):
+        key, suffix = sample_key(member.name) if member.is_file else (None, "")
+        if key is None:
             continue
-        if key is not None and item_key != key:
-            yield Member(f"{shard}/{key}", members, problem)
-            members, problem = {}, ""
-        key = item_key
-        if suffix in members:
+        if current is not None and key != current:
+            yield Member(f"{shard}/{current}", parts, problem)
+            parts, problem = {}, ""
+        current = key
+        if suffix in parts:
             problem = "duplicate_member"
-        members[suffix] = item["data"]
-    if key is not None:
-        yield Member(f"{shard}/{key}", members, problem)
+        raw.seek(member.data)
+        parts[suffix] = raw.read(member.size)
+        if len(parts[suffix]) < member.size:
+            raise TarError(f"byte {member.data}: a file cut short")
+    if current is not None:
+        yield Member(f"{shard}/{current}", parts, problem)
 
 
 def read_stream(order: SampleOrder, paths: Sequence[Path], stream: int, position: int) -> Iterator[tuple[int, Member]]:

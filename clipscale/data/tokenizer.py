@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from clipscale.errors import ConfigError
 
 # OpenAI's byte-pair encoding is the tokenizer of every open_clip model that does not name another one.
 CLIP_MODEL = "ViT-B-32"
+# Printable ASCII without what could be markup.
+PLAIN = re.compile(r"[ !-%'-;=-~]*")
+MOST_WORDS = 1 << 16
 
 
 class Tokenizer:
@@ -32,19 +36,48 @@ class Tokenizer:
         self.name, self.context_length = name, context_length
         self._impl = _load(name, context_length)
         self._is_bpe = hasattr(self._impl, "sot_token_id")
-        self.eot_id = int(self._impl.eot_token_id if self._is_bpe else self._impl.tokenizer.eos_token_id)
-        self.vocab_size = int(self._impl.vocab_size if self._is_bpe else len(self._impl.tokenizer))
+        if self._is_bpe:
+            self.eot_id, self.vocab_size = int(self._impl.eot_token_id), int(self._impl.vocab_size)
+        else:
+            inner = self._impl.tokenizer
+            end = inner.eos_token_id if inner.eos_token_id is not None else inner.sep_token_id
+            if end is None:
+                raise ConfigError(f"tokenizer.name={name} has no end-of-text token, at which the text tower pools")
+            self.eot_id, self.vocab_size = int(end), len(inner)
+        self._words: dict[str, list[int]] = {}
 
     def encode(self, caption: str) -> tuple[NDArray[np.int32], bool]:
         """Token ids Int32[length] without padding, and whether the caption was cut to the context length."""
         if self._is_bpe:
-            ids = [self._impl.sot_token_id, *self._impl.encode(caption), self.eot_id]
+            ids = [self._impl.sot_token_id, *self._bpe(caption), self.eot_id]
         else:
-            ids = list(self._impl.tokenizer(self._impl.clean_fn(caption))["input_ids"])
+            ids = list(self._impl.tokenizer(self._clean(caption))["input_ids"])
         cut = len(ids) > self.context_length
         if cut:
             ids = [*ids[: self.context_length - 1], self.eot_id]
         return np.array(ids, dtype=np.int32), cut
+
+    def _bpe(self, caption: str) -> list[int]:
+        # A word's ids do not depend on its neighbours, and words come again: cleaning and merging them anew would cost
+        # as much as decoding a small image. What cleaning might change goes the long way.
+        if not PLAIN.fullmatch(caption):
+            return list(self._impl.encode(caption))
+        ids: list[int] = []
+        for word in caption.split():
+            known = self._words.get(word)
+            if known is None:
+                if len(self._words) >= MOST_WORDS:
+                    self._words.clear()
+                known = self._words[word] = list(self._impl.encode(word))
+            ids += known
+        return ids
+
+    def _clean(self, caption: str) -> str:
+        if hasattr(self._impl, "clean_fn"):
+            return str(self._impl.clean_fn(caption))
+        from open_clip.tokenizer import basic_clean, canonicalize_text  # what its SigLIP tokenizer does inside
+
+        return str(canonicalize_text(basic_clean(caption)))
 
     def __call__(self, captions: str | Sequence[str]) -> torch.Tensor:
         """Int64[B, L] for B captions, padded with zeros to the context length L."""

@@ -113,7 +113,7 @@ def test_batches_follow_the_order_and_count_the_bad(paths: list[Path], tokenizer
 
 def test_hopeless_data_ends_with_the_reason(tmp_path: Path, tokenizer: Tokenizer) -> None:
     paths = write_shards(tmp_path, [30], {n: {"txt": b"a"} for n in range(30)})
-    with pytest.raises(DataError, match="30 x no_image"):
+    with pytest.raises(DataError, match=r"\d+ x no_image"):
         batches(paths, tokenizer, count=1)
 
 

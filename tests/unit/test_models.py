@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from clipscale.config import config_dir, load_group
@@ -145,6 +147,9 @@ def test_unknown_models_are_one_line() -> None:
         build_model(config)
 
 
+TOKENIZER = Tokenizer("clip", 10**6)
+
+
 def test_tokenizer() -> None:
     from open_clip import get_tokenizer
 
@@ -152,5 +157,17 @@ def test_tokenizer() -> None:
     captions = ["A photo of a cat!", "ümlaut, 42 & more…", "word " * 100]
     assert torch.equal(ours(captions), theirs(captions))
     assert [ours.encode(c)[1] for c in captions] == [False, False, True]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.one_of(
+    st.text(), st.text(st.characters(codec="ascii")),
+    st.sampled_from(["don't", "<end_of_text>", "&amp;amp;lt;", "A_b-c", "it\u2019s", "x<y", " ", "\t", "42nd"]),
+)).map(" ".join))  # fmt: skip
+def test_captions_are_cut_into_words_as_open_clip_does(caption: str) -> None:
+    assert TOKENIZER.encode(caption)[0][1:-1].tolist() == TOKENIZER._impl.encode(caption)
+
+
+def test_unknown_tokenizer() -> None:
     with pytest.raises(ConfigError, match="did you mean ViT-B-32"):
         Tokenizer("ViT-B32", 77)

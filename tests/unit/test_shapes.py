@@ -68,8 +68,8 @@ def test_the_scenes_are_those_of_this_format_version(tmp_path: Path) -> None:
     write_shapes(tmp_path, SMALL)
     told = [sample["json"] for name in SHARDS if (tmp_path / name).exists() for sample in read(tmp_path / name)]
     assert (shapes.FORMAT_VERSION, hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]) == (
-        1,
-        "8a2512d3dbbd9dde",
+        2,
+        "91ac165c624ddda8",
     )
 
 
