@@ -54,8 +54,6 @@ def main(arguments: list[str]) -> ExitCode:
     except Exception as error:
         traceback.print_exc()
         return _report(path, error, ExitCode.FAILED)
-    finally:
-        distributed.stop()
 
 
 def train(config: Config, path: Path, store: Any = None) -> ExitCode:
@@ -71,6 +69,7 @@ def train(config: Config, path: Path, store: Any = None) -> ExitCode:
     )  # slow to import; a wrong configuration has been refused by now
 
     code = Trainer(config, runtime).fit()
+    distributed.stop()  # only here: after a failure the peers are gone or stuck, and it would wait for them
     if held is not None:
         held.close()
     return code

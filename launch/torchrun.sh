@@ -15,10 +15,15 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+# What a signalled rank has to finish its step and save: torchrun's own 30 s are short, but old versions know no other.
+torch=$(python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')
+grace=()
+if grep -q -- --shutdown-timeout "$torch/distributed/run.py"; then grace=(--shutdown-timeout=600); fi
+
 if [ "$NODES" -eq 1 ]; then
   rendezvous=(--standalone)
 else
   : "${HEAD:?set HEAD=host:port, the same on all nodes}"
   rendezvous=(--nnodes="$NODES" --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${RUN_ID:-clipscale}")
 fi
-exec torchrun "${rendezvous[@]}" --nproc-per-node="$GPUS" -m clipscale.train "$@"
+exec torchrun "${rendezvous[@]}" ${grace[@]+"${grace[@]}"} --nproc-per-node="$GPUS" -m clipscale.train "$@"

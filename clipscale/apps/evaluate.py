@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import rich.console
@@ -14,14 +13,13 @@ from omegaconf.errors import OmegaConfBaseException
 from clipscale.checkpoint.loading import find_checkpoint, load
 from clipscale.config import Config
 from clipscale.config.compose import explain, quote_shards
+from clipscale.config.data import Builtin
 from clipscale.config.schema import Device
 from clipscale.distributed.runtime import start
 from clipscale.errors import ConfigError
-from clipscale.evals import EvalContext, build_evaluators
-from clipscale.losses import LOSSES
-from clipscale.parallel import towers_autocast
+from clipscale.evals import build_evaluators
 from clipscale.telemetry.console import summary_table
-from clipscale.trainer.build import place_data
+from clipscale.trainer.build import eval_context, place_data
 
 DEVICES = tuple(device.value for device in Device)
 
@@ -37,16 +35,7 @@ def evaluate(run: Path, overrides: Sequence[str], device: str, as_json: bool) ->
     config = _override(config, overrides)
     runtime = start(device, config.distributed.timeout_s)
     model, _, tokenizer = load(path, str(runtime.device))
-    loss = LOSSES[config.loss.name.value]
-    scale, bias = (None if t is None else t.detach().cpu() for t in model.temperature())
-    context = EvalContext(
-        model,
-        tokenizer,
-        runtime.device,
-        config.eval.batch_size,
-        partial(towers_autocast, config.precision.name, runtime.device),
-        lambda image, text: loss(image, text, scale, bias),
-    )
+    context = eval_context(config, model, tokenizer, runtime.device)
     data = place_data(config.data, runtime)
     evaluators = build_evaluators(data, config.model.vision.image_size, config.global_batch_size)
     if not evaluators:
@@ -70,6 +59,14 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
     try:
         changes = OmegaConf.from_dotlist(quote_shards(overrides))
         merged = OmegaConf.merge(OmegaConf.structured(config), changes)
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise explain(error, overrides) from error
+    changed: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    named = {override.partition("=")[0] for override in overrides}
+    if changed.data.builtin is not Builtin.none and named & {"data.root", "data.val.shards", "data.zeroshot.shards"}:
+        # Other data than what clipscale rendered: all of it is the user's, so what was not named is not there.
+        changed.data.builtin = Builtin.none
+        for key, evaluation in (("data.val.shards", changed.data.val), ("data.zeroshot.shards", changed.data.zeroshot)):
+            if key not in named:
+                evaluation.shards = None
+    return changed

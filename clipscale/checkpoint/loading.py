@@ -28,7 +28,7 @@ def load(
     Raises ClipscaleError when there is no finished checkpoint.
     """
     path, config = find_checkpoint(Path(run_or_checkpoint))
-    model = build_model(config.model, seed=config.seed, logit_bias=0.0 if config.loss.name.value == "siglip" else None)
+    model = build_model(config.model, seed=config.seed, logit_bias=config.loss.first_bias)
     averaged = config.ema.decay is not None
     weights = {name: p.detach() for name, p in model.named_parameters()}
     buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}

@@ -44,6 +44,11 @@ class Loss:
     max_logit_scale: float | None = fixed(100.0)
     """The multiplier is clamped to [1, this] after every step; null leaves it free (SigLIP)."""
 
+    @property
+    def first_bias(self) -> float | None:
+        """What the model's ``logit_bias`` starts from; None for a loss without one."""
+        return self.init_logit_bias if self.name is LossName.siglip else None
+
 
 @dataclass
 class Optim:

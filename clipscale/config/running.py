@@ -42,7 +42,7 @@ class Parallel:
     activation_checkpointing: Any = free("none")
     """`none`, or `full`: recompute every block in the backward pass instead of keeping its activations."""
     compile: bool = free(False)
-    """torch.compile each block of the vision tower; off on CPU, where it does not pay."""
+    """torch.compile each block of the vision tower; it pays on GPUs, and needs a C++ compiler on CPUs."""
 
 
 @dataclass

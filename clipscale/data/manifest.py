@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
-from clipscale.data.order import Shard
 from clipscale.data.tar import TarError, members
 from clipscale.errors import DataError
 
@@ -74,11 +73,6 @@ def expand_shards(shards: str | Sequence[str], root: str | None, key: str) -> li
             f"set data.root or {key}"
         )
     return files
-
-
-def count_shards(files: Sequence[ShardFile]) -> list[Shard]:
-    """The shards as the sample order wants them; counts come from the index of each."""
-    return [Shard(file.path.name, shard_index(file.path).samples, file.source) for file in files]
 
 
 @lru_cache(maxsize=4096)

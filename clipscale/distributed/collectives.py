@@ -10,18 +10,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 Group = dist.ProcessGroup | None
+# Stands for a group of this process only, which needs no communicator.
+ALONE: Any = object()
 
 
 def world_size(group: Group = None) -> int:
-    """Ranks of a group; 1 without an initialised process group."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    """Ranks of a group; None is the default group, or this process alone without one."""
+    if group is ALONE or not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size(group)
 
 
 def rank(group: Group = None) -> int:
     """This process's place in a group; 0 without an initialised process group."""
-    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+    if group is ALONE or not (dist.is_available() and dist.is_initialized()):
+        return 0
+    return dist.get_rank(group)
 
 
 class _Gather(torch.autograd.Function):
@@ -73,3 +80,8 @@ def gather_rows(local: torch.Tensor, group: Group = None) -> torch.Tensor:
     padded[: local.shape[0]] = local
     everyone = gather(padded, group).split(max(counts))
     return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor put together, a collective; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -16,6 +16,28 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 IMPATIENT_AFTER_S = 1.0
 
 
+class _Answer:
+    """Whether any rank asked, on its way: reading it a step later waits for that step's end, not for the newest one."""
+
+    def __init__(self, asked: bool, device: torch.device) -> None:
+        self._flag = torch.full((1,), int(asked), dtype=torch.int32, device=device)
+        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
+        self._copied: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            assert self._work is not None
+            self._work.wait()  # the stream waits, not this thread
+            self._flag = torch.empty(1, dtype=torch.int32, pin_memory=True).copy_(self._flag, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> bool:
+        if self._copied is not None:
+            self._copied.synchronize()
+        elif self._work is not None:
+            self._work.wait()
+        return bool(self._flag)
+
+
 class StopRequest:
     """Turns SIGTERM, SIGINT and SIGUSR1 into an agreement between ranks.
 
@@ -26,7 +48,7 @@ class StopRequest:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._asked_at: float | None = None
-        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+        self._pending: _Answer | None = None
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def agreed(self) -> bool:
@@ -37,21 +59,14 @@ class StopRequest:
         asked = self._asked_at is not None
         if world_size() == 1:
             return asked
-        answer = False
-        if self._pending is not None:
-            flag, work = self._pending
-            work.wait()
-            answer = bool(flag.item())
-        flag = torch.tensor([int(asked)], dtype=torch.int32, device=self._device)
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
-        assert work is not None
-        self._pending = (flag, work)
+        answer = self._pending is not None and self._pending.read()
+        self._pending = _Answer(asked, self._device)
         return answer
 
     def release(self) -> None:
         """Give the signals back, and finish the reduction that is under way."""
         if self._pending is not None:
-            self._pending[1].wait()
+            self._pending.read()
             self._pending = None
         for number, handler in self._previous.items():
             signal.signal(number, handler)

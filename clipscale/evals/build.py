@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clipscale.config.data import Data
-from clipscale.data.evalset import EvalSet
+from clipscale.data.evalset import BadItem, EvalSet
 from clipscale.data.manifest import expand_shards
-from clipscale.data.samples import Member, find_captions, find_field
+from clipscale.data.samples import BadSample, Member, find_captions, find_field
 from clipscale.errors import DataError
 from clipscale.evals.protocol import Evaluator
 from clipscale.evals.retrieval import RetrievalEvaluator
 from clipscale.evals.zeroshot import Classes, ZeroshotEvaluator
 
+PROBED = 16  # samples read before training, so that a wrong key is known then
+
 
 def build_evaluators(data: Data, image_size: int, loss_batch_size: int) -> list[Evaluator]:
     """Evaluators for ``data.val`` and ``data.zeroshot``; a set whose shards are null has none.
 
-    Raises DataError for shards or class files that are not there.
+    Raises DataError for shards or class files that are not there, samples of which none can be used, and labels
+    outside the classes.
     """
     found: list[Evaluator] = []
     if data.val.shards:
@@ -29,8 +33,9 @@ def build_evaluators(data: Data, image_size: int, loss_batch_size: int) -> list[
         found.append(RetrievalEvaluator(pairs, loss_batch_size))
     if data.zeroshot.shards:
         classes = Classes.load(Path(data.root or ".", str(data.zeroshot.classes)).expanduser())
-        label = (partial(find_field, key=data.zeroshot.label_key),)
+        label = (partial(_label, key=data.zeroshot.label_key),)
         images = _eval_set(data, data.zeroshot.shards, "data.zeroshot.shards", image_size, label)
+        classes.check([item.fields[0] for item in images.read(0, PROBED) if not isinstance(item, BadItem)])
         found.append(ZeroshotEvaluator(images, classes))
     return found
 
@@ -40,6 +45,14 @@ def _eval_set(data: Data, shards: Any, key: str, size: int, fields: tuple[Callab
     evalset = EvalSet(files, data.image_keys, size, data.max_pixels, fields)
     if not len(evalset):
         raise DataError(f"{key}={shards} holds no samples; null turns this evaluation off")
+    probed = evalset.read(0, PROBED)
+    bad = Counter(item.reason for item in probed if isinstance(item, BadItem))
+    if bad.total() == len(probed):
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in bad.items())
+        raise DataError(
+            f"{key}={shards}: none of the first {len(probed)} samples can be used ({reasons}); check data.image_keys, "
+            "data.caption_key, data.val.group_key and data.zeroshot.label_key; null turns this evaluation off"
+        )
     return evalset
 
 
@@ -50,3 +63,11 @@ def _first_caption(sample: Member, key: str) -> str:
 def _group(sample: Member, data: Data) -> Any:
     key = data.val.group_key
     return _first_caption(sample, data.caption_key) if key == "caption" else find_field(sample, key)
+
+
+def _label(sample: Member, key: str) -> int:
+    value = find_field(sample, key)
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise BadSample("label_is_no_number") from None

@@ -18,6 +18,7 @@ from clipscale.data.evalset import BadItem, EvalItem, EvalSet
 from clipscale.data.samples import pack
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.distributed.collectives import gather_rows, rank, world_size
+from clipscale.errors import DataError
 from clipscale.models import CLIP
 
 
@@ -25,8 +26,8 @@ from clipscale.models import CLIP
 class EvalContext:
     """A model ready to be asked.
 
-    ``autocast`` makes the context in which its towers compute; ``loss`` takes normalised features (image, text) of a
-    batch that this rank holds whole.
+    ``autocast`` makes the context in which its towers compute; ``loss`` takes normalised features (image, text), on the
+    device, of a batch that this rank holds whole.
     """
 
     model: CLIP
@@ -46,7 +47,10 @@ class EvalContext:
         return self._deal(len(captions), encode)[0]
 
     def encode_images(self, images: EvalSet) -> tuple[torch.Tensor, list[EvalItem], list[BadItem]]:
-        """Float[N, D] on the CPU, normalised, of the N usable images; the items (without pixels); the others."""
+        """Float[N, D] on the CPU, normalised, of the N usable images; the items (without pixels); the others.
+
+        Raises DataError when no image is usable.
+        """
 
         def encode(start: int, stop: int) -> tuple[torch.Tensor, list[EvalItem | BadItem]]:
             read = images.read(start, stop)
@@ -59,7 +63,10 @@ class EvalContext:
         features, parts = self._deal(len(images), encode)
         items = [item for part in parts for item in part]
         good = [item for item in items if isinstance(item, EvalItem)]
-        return features, good, [item for item in items if isinstance(item, BadItem)]
+        bad = [item for item in items if isinstance(item, BadItem)]
+        if not good:
+            raise DataError(f"none of {len(bad)} held-out samples can be used, the first for: {bad[0].reason}")
+        return features, good, bad
 
     def _deal(
         self, count: int, encode: Callable[[int, int], tuple[torch.Tensor, Any]]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from clipscale.data.evalset import EvalSet
+from clipscale.distributed.collectives import rank, total, world_size
 from clipscale.evals.protocol import EvalContext
 from clipscale.evals.ranking import chance, hits
 
@@ -44,8 +45,11 @@ class RetrievalEvaluator:
         # Nearly equal chunks, none left out, each about a training batch.
         chunks = max(1, round(len(image) / self.loss_batch_size))
         pairs = zip(image.tensor_split(chunks), text.tensor_split(chunks), strict=True)
-        total = sum(float(context.loss(x, y)) * len(x) for x, y in pairs)
-        return total / len(image)
+        mine = torch.zeros((), dtype=torch.float64, device=context.device)
+        for number, (x, y) in enumerate(pairs):
+            if number % world_size() == rank():
+                mine += context.loss(x.to(context.device), y.to(context.device)) * len(x)
+        return total(mine).item() / len(image)
 
     def _recall(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ class Classes:
             raise DataError(f"data.zeroshot.classes={path}: classnames, and templates that hold {{}}, are needed")
         return Classes(names, templates, dict(content.get("baselines", {})))
 
+    def check(self, labels: Sequence[int]) -> None:
+        """Raise DataError unless every label is the number of a class."""
+        if labels and not 0 <= min(labels) <= max(labels) < len(self.names):
+            raise DataError(
+                f"zero-shot labels run from {min(labels)} to {max(labels)}, there are {len(self.names)} class names; "
+                "data.zeroshot.classes and data.zeroshot.shards do not belong together"
+            )
+
 
 @dataclass(frozen=True)
 class ZeroshotEvaluator:
@@ -55,13 +64,9 @@ class ZeroshotEvaluator:
         Raises DataError for a label outside the classes.
         """
         image, items, bad = context.encode_images(self.data)
-        labels = torch.tensor([int(item.fields[0]) for item in items])
+        self.classes.check([item.fields[0] for item in items])
+        labels = torch.tensor([item.fields[0] for item in items])
         count = len(self.classes.names)
-        if bool(((labels < 0) | (labels >= count)).any()):
-            raise DataError(
-                f"zero-shot labels run from {int(labels.min())} to {int(labels.max())}, there are {count} class names; "
-                "data.zeroshot.classes and data.zeroshot.shards do not belong together"
-            )
         prompts = [template.format(name) for name in self.classes.names for template in self.classes.templates]
         features = context.encode_captions(prompts).unflatten(0, (count, -1)).mean(dim=1)
         features = torch.nn.functional.normalize(features, dim=-1)

@@ -7,9 +7,13 @@ import logging
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from clipscale.config.rundir import read_result
 from clipscale.errors import ExitCode
+
+# What a signalled rank has to finish its step and save; torchrun's own 30 s are short for a large model.
+GRACE_S = 600
 
 
 def launch(config_file: Path, processes: int) -> ExitCode:
@@ -26,6 +30,7 @@ def launch(config_file: Path, processes: int) -> ExitCode:
     arguments = [
         "--standalone",
         f"--nproc-per-node={processes}",
+        *_grace(torchrun),
         "-m",
         "clipscale.train",
         "--config",
@@ -38,3 +43,9 @@ def launch(config_file: Path, processes: int) -> ExitCode:
         print(f"error: the ranks ended without a result; see {config_file.parent / 'logs'}", file=sys.stderr)
         return ExitCode.FAILED
     return ExitCode(result["exit_code"])
+
+
+def _grace(torchrun: ModuleType) -> list[str]:
+    # Not every supported version has it.
+    known = "--shutdown-timeout" in torchrun.get_args_parser().format_help()
+    return [f"--shutdown-timeout={GRACE_S}"] if known else []

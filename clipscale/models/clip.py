@@ -64,10 +64,12 @@ class CLIP(nn.Module):
         """The log of the multiplier on cosine similarities, Float[1]."""
         return self.temperature.logit_scale
 
-    def forward(self, images: torch.Tensor, text_ids: torch.Tensor, text_lengths: torch.Tensor) -> Features:
-        """Features of a batch of B pairs: ``images`` as VisionTower takes them, captions packed as in ``Batch``."""
+    def forward(
+        self, images: torch.Tensor, text_ids: torch.Tensor, text_lengths: torch.Tensor, longest: int | None = None
+    ) -> Features:
+        """Features of a batch of B pairs: ``images`` as VisionTower takes them, captions packed as TextTower does."""
         image = _normalize(self.visual(images))
-        text = _normalize(self.text(text_ids, text_lengths))
+        text = _normalize(self.text(text_ids, text_lengths, longest))
         return Features(image, text, *self.temperature())
 
     def encode_image(self, images: torch.Tensor, normalize: bool = False) -> torch.Tensor:

@@ -76,20 +76,21 @@ class TextTower(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.proj = nn.Linear(config.width, embed_dim, bias=False)
 
-    def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, lengths: torch.Tensor, longest: int | None = None) -> torch.Tensor:
         """Features of packed captions: ``ids`` Int[T], all captions end to end, and ``lengths`` Int[B].
 
-        Raises ValueError when a caption is longer than the context.
+        ``longest`` is their maximum where the host knows it; asking the device for it waits for the device. Raises
+        ValueError when a caption is longer than the context.
         """
-        parts = ids.split(lengths.tolist())
-        longest = max(len(part) for part in parts)
+        longest = int(lengths.max()) if longest is None else longest
         if longest > self.context_length:
             raise ValueError(f"a caption has {longest} tokens, the context length is {self.context_length}")
-        padded = nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+        real = torch.arange(longest, device=ids.device) < lengths[:, None]
+        padded = ids.new_zeros(real.shape).masked_scatter(real, ids)
         x = self.token_embedding(padded) + self.positional_embedding[:longest]
         for block in self.blocks:
             x = block(x)
-        pooled = x[torch.arange(len(parts), device=x.device), lengths.long() - 1]
+        pooled = x[torch.arange(len(x), device=x.device), lengths.long() - 1]
         return self.proj(self.norm(pooled))
 
     def pack(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,6 +64,33 @@ def use_global_batch_statistics(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 _patch(module)
+
+
+def has_batchnorm(module: nn.Module) -> bool:
+    """Whether a BatchNorm lies in ``module``."""
+    return any(isinstance(child, _BatchNorm) for child in module.modules())
+
+
+def recomputing(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts for the forward pass of a checkpointed module and for its repetition in the backward pass.
+
+    A repeated forward pass would count the same batch twice in the running statistics.
+    """
+    return nullcontext(), _frozen_statistics(module)
+
+
+@contextmanager
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    norms = [child for child in module.modules() if isinstance(child, _BatchNorm) and child.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        assert norm.num_batches_tracked is not None
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for norm, (momentum, counted) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, counted
 
 
 def _patch(norm: _BatchNorm) -> None:

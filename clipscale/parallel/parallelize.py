@@ -20,7 +20,7 @@ from clipscale.config.running import Parallel
 from clipscale.distributed.collectives import world_size
 from clipscale.errors import ConfigError
 from clipscale.models import CLIP
-from clipscale.parallel.batchnorm import use_global_batch_statistics
+from clipscale.parallel.batchnorm import has_batchnorm, recomputing, use_global_batch_statistics
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def parallelize(model: CLIP, config: Parallel, device: torch.device) -> Parallel
     if config.activation_checkpointing == "full":
         for block in units:
             # Not torch's checkpoint_wrapper: that renames every parameter below it.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            options = {"context_fn": partial(recomputing, block)} if has_batchnorm(block) else {}
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
     if config.compile:
         for block in blocks["visual"]:  # captions have a length of their own in every batch
             block.compile()
@@ -70,12 +71,11 @@ def find_blocks(model: CLIP) -> dict[str, list[nn.Module]]:
 
 
 def _ddp(model: CLIP, units: list[nn.Module], device: torch.device) -> nn.Module:
-    on_gpu = [device] if device.type == "cuda" else None
     # Buffers are equal by construction: every BatchNorm takes its statistics over all ranks.
     with warnings.catch_warnings():
         # The newest torch renames this argument; the oldest supported one does not know the new name.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
-        return DistributedDataParallel(model, device_ids=on_gpu, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def _fsdp(model: CLIP, units: list[nn.Module], device: torch.device) -> nn.Module:

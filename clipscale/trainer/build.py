@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
 from clipscale.config import Config
 from clipscale.config.data import Builtin, Data
 from clipscale.data.loader import SampleOptions, TrainLoader
-from clipscale.data.manifest import ShardFile, count_shards, expand_shards, shard_index
-from clipscale.data.order import SampleOrder
+from clipscale.data.manifest import ShardFile, expand_shards, shard_index
+from clipscale.data.order import SampleOrder, Shard
 from clipscale.data.samples import ImageOptions
 from clipscale.data.shapes import ShapesSpec, ensure_shapes
 from clipscale.data.tokenizer import Tokenizer
+from clipscale.distributed.collectives import ALONE, whole
 from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ClipscaleError, ConfigError, DataError
+from clipscale.evals import EvalContext
+from clipscale.losses import LOSSES
+from clipscale.models import CLIP
+from clipscale.parallel import towers_autocast
 
 T = TypeVar("T")
 
@@ -34,17 +41,13 @@ class TrainData:
 
     files: list[ShardFile]
     order: SampleOrder
+    damaged: dict[str, str]
+    """What is wrong with the archives in which something is, by file name."""
 
     @property
     def samples(self) -> int:
         """Samples in all shards, each counted once."""
         return sum(shard.samples for shard in self.order.shards)
-
-    @property
-    def damaged(self) -> dict[str, str]:
-        """What is wrong with the archives in which something is, by file name."""
-        indexes = {file.path.name: shard_index(file.path) for file in self.files}
-        return {name: index.damage for name, index in indexes.items() if index.damage}
 
 
 def place_data(data: Data, runtime: Runtime) -> Data:
@@ -62,8 +65,8 @@ def build_train_data(config: Config, data: Data, runtime: Runtime) -> TrainData:
     are absent, empty or unreadable, and for weights that do not match the sources.
     """
     files = expand_shards(data.train.shards, data.root, "data.train.shards")
-    shards = once_per_node(runtime, lambda: count_shards(files))
-    samples = sum(shard.samples for shard in shards)
+    indexes = once_per_node(runtime, lambda: [shard_index(file.path) for file in files])
+    samples = sum(index.samples for index in indexes)
     if not samples:
         raise DataError(f"data.train.shards={data.train.shards}: the {len(files)} shards hold no sample")
     streams = config.data.streams
@@ -72,10 +75,12 @@ def build_train_data(config: Config, data: Data, runtime: Runtime) -> TrainData:
         mean_bytes = sum(file.path.stat().st_size for file in files) / samples
         config.data.window = int(np.clip(WINDOW_BYTES / (streams * mean_bytes), *WINDOW_RANGE))
     try:
+        shards = [Shard(file.path.name, index.samples, file.source) for file, index in zip(files, indexes, strict=True)]
         order = SampleOrder(shards, data.train.weights, config.seed, streams, config.data.window)
     except ValueError as error:
         raise ConfigError(f"data.train.weights={data.train.weights}: {error}") from None
-    return TrainData(files, order)
+    damaged = {file.path.name: index.damage for file, index in zip(files, indexes, strict=True) if index.damage}
+    return TrainData(files, order, damaged)
 
 
 def build_loader(
@@ -100,6 +105,21 @@ def build_loader(
         tokenizer=tokenizer,
         workers=data.workers,
         pin_memory=runtime.device.type == "cuda",
+    )
+
+
+def eval_context(config: Config, model: CLIP, tokenizer: Tokenizer, device: torch.device) -> EvalContext:
+    """``model``, whatever its layout, as evaluators take it; its temperature is the one of this moment."""
+    temperature, loss = model.temperature, LOSSES[config.loss.name.value]
+    scale = whole(temperature.logit_scale.detach()).exp()
+    bias = None if temperature.logit_bias is None else whole(temperature.logit_bias.detach())
+    return EvalContext(
+        model,
+        tokenizer,
+        device,
+        config.eval.batch_size,
+        partial(towers_autocast, config.precision.name, device),
+        lambda image, text: loss(image, text, scale, bias, ALONE),
     )
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from clipscale.config import Config
 from clipscale.data.loader import Batch, step_seed
+from clipscale.distributed.collectives import whole
 from clipscale.distributed.runtime import Runtime
 from clipscale.losses import LOSSES
 from clipscale.models import CLIP, Features
@@ -46,8 +45,9 @@ class TrainStep:
         device = self.runtime.device
         images = batch.images.to(device, non_blocking=True)
         ids = batch.text_ids.to(device, non_blocking=True)
+        lengths = batch.text_lengths.to(device, non_blocking=True)
         with towers_autocast(self.config.precision.name, device):
-            features = self.module(images, ids, batch.text_lengths)
+            features = self.module(images, ids, lengths, int(batch.text_lengths.max()))
         loss = LOSSES[self.config.loss.name.value](*features)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -78,11 +78,6 @@ class TrainStep:
         highest = self.config.loss.max_logit_scale
         if highest is not None:
             self.model.logit_scale.clamp_(0.0, math.log(highest))
-
-
-def whole(tensor: Any) -> torch.Tensor:
-    """A sharded tensor put together; a collective if it is one."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _gradients(model: nn.Module) -> Iterable[torch.Tensor]:

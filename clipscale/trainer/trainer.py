@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,14 +28,13 @@ from clipscale.distributed.collectives import gather, total, world_size
 from clipscale.distributed.faults import StopRequest
 from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError, DivergedError, ExitCode
-from clipscale.evals import EvalContext, build_evaluators
-from clipscale.losses import LOSSES
+from clipscale.evals import build_evaluators
 from clipscale.models import build_model
 from clipscale.optim import Ema, build_optimizer, configure, learning_rate
-from clipscale.parallel import build_scaler, parallelize, towers_autocast
+from clipscale.parallel import build_scaler, parallelize
 from clipscale.telemetry import Meters, Sinks, last_values
-from clipscale.trainer.build import build_loader, build_train_data, place_data, run_path
-from clipscale.trainer.step import TrainStep, whole
+from clipscale.trainer.build import build_loader, build_train_data, eval_context, place_data, run_path
+from clipscale.trainer.step import TrainStep
 
 TRUNCATED_WARNING = 0.01
 
@@ -56,7 +54,7 @@ class Trainer:
             config.model,
             seed=config.seed,
             logit_scale=config.loss.init_logit_scale,
-            logit_bias=config.loss.init_logit_bias if config.loss.name.value == "siglip" else None,
+            logit_bias=config.loss.first_bias,
         )
         laid_out = parallelize(model, config.parallel, runtime.device)
         self.model = laid_out.model
@@ -230,27 +228,11 @@ class Trainer:
         values: dict[str, float] = {}
         self.model.eval()
         with self.ema.applied() if self.ema else nullcontext():
-            context = self._eval_context()
+            context = eval_context(self.config, self.model, self.tokenizer, self.runtime.device)
             for evaluator in self.evaluators:
                 values |= evaluator.run(context)
         self._emit(values)
         self.meters.restart()
-
-    def _eval_context(self) -> EvalContext:
-        config = self.config
-        temperature = self.model.temperature
-        scale = whole(temperature.logit_scale.detach()).exp().cpu()
-        bias = None if temperature.logit_bias is None else whole(temperature.logit_bias.detach()).cpu()
-        loss = LOSSES[config.loss.name.value]
-        return EvalContext(
-            self.model,
-            self.tokenizer,
-            self.runtime.device,
-            config.eval.batch_size,
-            partial(towers_autocast, config.precision.name, self.runtime.device),
-            # Features are gathered before this, so every rank takes the loss by itself.
-            lambda image, text: loss(image, text, scale, bias, self.alone),
-        )
 
     def _save(self) -> None:
         if self.checkpointed_at == self.saved.step:
@@ -318,7 +300,6 @@ class Trainer:
         self.attempt = 1 + count_events(self.path, "started")
         self.warned: dict[str, int] = {}
         self.lr, self.positions = 0.0, torch.zeros(1, dtype=torch.int64)
-        self.alone = dist.new_subgroups(group_size=1)[0] if world_size() > 1 else None
         newest = self.checkpoints.newest()
         if world_size() > 1:
             dist.barrier()  # before the main rank counts this start, or removes anything

@@ -14,12 +14,13 @@ from clipscale.config import compose
 from clipscale.config.model import Model
 from clipscale.config.schema import Config
 from clipscale.data.loader import Batch
+from clipscale.distributed.collectives import whole
 from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError
 from clipscale.models import build_model
-from clipscale.optim import Ema, build_optimizer
+from clipscale.optim import Ema, build_optimizer, configure
 from clipscale.parallel import build_scaler, parallelize
-from clipscale.trainer.step import TrainStep, whole
+from clipscale.trainer.step import TrainStep
 
 B = 16
 
@@ -108,6 +109,7 @@ TABLE = [
     (["parallel=fsdp", "precision=amp_bf16"], "vit", 2e-3),
     (["parallel=ddp"], "resnet18", 1e-4),
     (["parallel=fsdp"], "resnet18", 1e-4),
+    (["parallel=ddp", "parallel.activation_checkpointing=full"], "resnet18", 1e-4),
     (["parallel=ddp"], "convnext_atto", 1e-5),
     (["parallel=fsdp"], "convnext_atto", 1e-5),
 ]
@@ -134,6 +136,28 @@ def test_four_ranks_equal_one(pool4: Any, overrides: list[str], model: str, boun
 def test_checkpointing_changes_nothing() -> None:
     plain, recomputed = steps([], "vit"), steps(["parallel.activation_checkpointing=full"], "vit")
     assert plain["losses"] == recomputed["losses"]
+
+
+def test_checkpointing_counts_a_batch_once() -> None:
+    """The repeated forward pass must leave BatchNorm's running statistics alone."""
+    plain, recomputed = steps([], "resnet18"), steps(["parallel.activation_checkpointing=full"], "resnet18")
+    assert plain["losses"] == recomputed["losses"]
+    assert any("running_var" in name for name in plain["buffers"])
+    for name, buffer in plain["buffers"].items():
+        assert torch.equal(buffer, recomputed["buffers"][name]), name
+
+
+def test_the_optimizers_keys_may_change_on_resume(tmp_path: Path) -> None:
+    save_at(tmp_path, [])
+    config, _ = compose(["optim.weight_decay=0.7", "optim.beta2=0.9"])
+    config.model = small("vit")
+    step = build(config)
+    saver = Checkpointer(tmp_path, keep_last=1)
+    newest = saver.newest()
+    assert newest is not None
+    saver.restore(newest, step.model, step.optimizer, step.ema.state_dict())
+    configure(step.optimizer, config.optim)
+    assert [(g["weight_decay"], g["betas"][1]) for g in step.optimizer.param_groups] == [(0.7, 0.9), (0.0, 0.9)]
 
 
 def save_at(directory: Path, overrides: list[str]) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import clipscale
 from tests.shards import write_shards
 
 BATCH, STEPS = 32, 60
+ROOT = Path(__file__).parents[2]
 
 
 def command(*overrides: str) -> list[str]:
@@ -208,14 +210,14 @@ def _kill_ranks(path: Path) -> None:
             continue
 
 
-@pytest.mark.parametrize(("world", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(("world", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGTERM)])
 def test_asked_to_stop_it_saves_and_goes_on(
     undisturbed: tuple[Path, str], recipe: list[str], world: int, number: signal.Signals
 ) -> None:
-    path = undisturbed[0].with_name(f"stopped-{world}")
+    path = undisturbed[0].with_name(f"stopped-{world}-{number.name}")
     arguments = [
         *recipe,
-        f"name=stopped-{world}",
+        f"name={path.name}",
         f"cluster.processes_per_node={world}",
         "checkpoint.every_samples=null",
     ]
@@ -245,6 +247,8 @@ def test_asked_to_stop_it_saves_and_goes_on(
         (["tokenizer.context_length=99"], "model.context_length=99"),
         (["model.text.vocab_size=100"], "use model.text.vocab_size=49408"),
         (["cluster=slurm"], "launch/slurm.sbatch"),
+        (["data.val.group_key=json:colour"], "none of the first 16 samples can be used (16 x no_colour)"),
+        (["data.zeroshot.label_key=json:captions"], "16 x label_is_no_number"),
         (["runs_dir=/proc/nowhere"], "cannot be written"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -255,6 +259,45 @@ def test_mistakes_are_one_line(
     output = run(*recipe, "name=mistake", *overrides, expect=2)
     assert message in output
     assert output.startswith("error: ")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where somebody trained a short demo, and has two pictures."""
+    place = tmp_path_factory.mktemp("demo")
+    small = ["data.shapes.train=128", "data.shapes.val=32", "data.shapes.classes=24", "data.shapes.image_size=32"]
+    run(
+        f"runs_dir={place}/runs",
+        "name=demo",
+        "total_samples=256",
+        "schedule.warmup_samples=0",
+        "tracking=disabled",
+        *small,
+    )
+    for name in ("picture.png", "other.png"):
+        Image.new("RGB", (30, 20), "red").save(place / name)
+    return place
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_examples_run(demo: Path, page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", block], cwd=demo, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "tensor" in done.stdout
+
+
+def test_eval_on_other_data(demo: Path, data: Path) -> None:
+    """What was trained on the built-in scenes is measured on the user's pairs, and on these alone."""
+    evaluate = [sys.executable, "-m", "clipscale.cli", "eval", str(demo / "runs" / "demo"), "--json"]
+    other = [f"data.root={data}", "data.val.shards=val/00000.tar", "data.caption_key=json:captions"]
+    done = subprocess.run([*evaluate, *other], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert measured["val/retrieval/i2t_r1_chance"] == pytest.approx(1 / 40)
+    assert not any("zeroshot" in key for key in measured)
 
 
 def test_a_sweep_runs_every_job(recipe: list[str]) -> None:

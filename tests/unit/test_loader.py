@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clipscale.data.loader import Batch, SampleOptions, TrainLoader
-from clipscale.data.manifest import ShardFile, count_shards, expand_shards, scan_shard
+from clipscale.data.manifest import expand_shards, scan_shard, shard_index
 from clipscale.data.order import SampleOrder
 from clipscale.data.samples import ImageOptions
 from clipscale.data.stream import read_samples, read_stream
@@ -33,7 +33,7 @@ def tokenizer() -> Tokenizer:
 
 
 def make_order(paths: list[Path], window: int = 6) -> SampleOrder:
-    return SampleOrder(count_shards([ShardFile(path, 0) for path in paths]), None, 5, STREAMS, window)
+    return SampleOrder([(path.name, shard_index(path).samples) for path in paths], None, 5, STREAMS, window)
 
 
 def batches(
