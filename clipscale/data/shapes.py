@@ -373,6 +373,11 @@ def write_shapes(directory: Path, spec: ShapesSpec, jobs: int | None = None) -> 
     (directory / "zeroshot.classes.json").write_text(json.dumps(classes, indent=1) + "\n")
 
 
+def train_shards(spec: ShapesSpec) -> str:
+    """The names of the training shards, as a brace pattern."""
+    return f"train-{{000000..{(spec.train - 1) // SAMPLES_PER_SHARD:06d}}}.tar"
+
+
 def ensure_shapes(spec: ShapesSpec, root: Path | None = None) -> Path:
     """The directory of the spec's shards, `ROOT/clipscale/shapes-XXXXXXXX`; writes them where it is absent.
 

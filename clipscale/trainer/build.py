@@ -19,7 +19,7 @@ from clipscale.data.loader import SampleOptions, TrainLoader
 from clipscale.data.manifest import ShardFile, expand_shards, shard_index
 from clipscale.data.order import SampleOrder, Shard
 from clipscale.data.samples import ImageOptions
-from clipscale.data.shapes import ShapesSpec, ensure_shapes
+from clipscale.data.shapes import ShapesSpec, ensure_shapes, train_shards
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.distributed.collectives import ALONE, whole
 from clipscale.distributed.runtime import Runtime
@@ -51,11 +51,12 @@ class TrainData:
 
 
 def place_data(data: Data, runtime: Runtime) -> Data:
-    """The data with its root filled in: built-in scenes are rendered if this machine does not have them yet."""
+    """The data with root and shards filled in: built-in scenes are rendered if this machine does not have them yet."""
     if data.builtin is Builtin.none:
         return data
     spec = ShapesSpec(**vars(data.shapes))
-    return replace(data, root=str(once_per_node(runtime, lambda: ensure_shapes(spec))))
+    root = once_per_node(runtime, lambda: ensure_shapes(spec))
+    return replace(data, root=str(root), train=replace(data.train, shards=train_shards(spec)))
 
 
 def build_train_data(config: Config, data: Data, runtime: Runtime) -> TrainData:
