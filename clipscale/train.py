@@ -105,7 +105,7 @@ def _report(path: Path | None, error: BaseException, code: ExitCode) -> ExitCode
 
 
 def _log_to(file: Path) -> None:
-    handler = logging.FileHandler(file)
+    handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("clipscale")
     logger.handlers, logger.propagate = [handler], False

@@ -6,7 +6,7 @@
 # GPUS: ranks on this machine (default: its GPUs, or 1). RUN_ID: tells jobs on one head apart.
 set -euo pipefail
 
-GPUS=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+GPUS=${GPUS:-$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)}
 if [ "$GPUS" -eq 0 ]; then GPUS=1; fi
 NODES=${NODES:-1}
 

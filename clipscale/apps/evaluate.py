@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,13 +12,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clipscale.checkpoint.loading import find_checkpoint, load
-from clipscale.config import Config
+from clipscale.config import Config, validate
 from clipscale.config.compose import explain, quote_shards
 from clipscale.config.data import Builtin
 from clipscale.config.schema import Device
 from clipscale.distributed.runtime import start
 from clipscale.errors import ConfigError
-from clipscale.evals import build_evaluators
+from clipscale.evals import build_evaluators, damaged_shards
 from clipscale.telemetry.console import summary_table
 from clipscale.trainer.build import eval_context, place_data
 
@@ -43,6 +44,8 @@ def evaluate(run: Path, overrides: Sequence[str], device: str, as_json: bool) ->
             "nothing to evaluate: set data.val.shards=… or data.zeroshot.shards=… data.zeroshot.classes=…"
         )
     metrics: dict[str, float] = {}
+    for shard, damage in damaged_shards(evaluators).items():
+        print(f"warning: shard {shard} {damage}", file=sys.stderr)
     for evaluator in evaluators:
         metrics |= evaluator.run(context)
     if as_json:
@@ -62,7 +65,8 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
     except OmegaConfBaseException as error:
         raise explain(error, overrides) from error
     changed: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    named = {override.partition("=")[0] for override in overrides}
+    validate(changed, world=1)
+    named = {key for key, _, value in (o.partition("=") for o in overrides) if value not in ("null", "0")}
     if changed.data.builtin is not Builtin.none and named & {"data.root", "data.val.shards", "data.zeroshot.shards"}:
         # Other data than what clipscale rendered: all of it is the user's, so what was not named is not there.
         changed.data.builtin = Builtin.none

@@ -43,7 +43,7 @@ def load(
 
 def find_checkpoint(path: Path) -> tuple[Path, Config]:
     """A checkpoint and the configuration of its run, from a run directory or a checkpoint directory."""
-    run = path.parent.parent if path.name.startswith("step_") else path
+    run = path if (path / "config.yaml").exists() else path.parent.parent
     if not (run / "config.yaml").exists():
         raise ClipscaleError(
             f"{path} is neither a run directory nor a checkpoint: {run / 'config.yaml'} does not exist"

@@ -57,7 +57,8 @@ def quote_shards(overrides: Sequence[str]) -> list[str]:
     """Quote brace patterns, which Hydra's grammar would read as dictionaries: ``data.train.shards=/d/{0..9}.tar``."""
     bare = re.compile(r"^([\w.+~]+\.shards)=([^'\"\[].*)$")
     return [
-        bare.sub(lambda match: f"{match[1]}='{match[2]}'" if match[2] != "null" else match[0], o) for o in overrides
+        bare.sub(lambda match: match[0] if match[2] in ("null", "0") else f"{match[1]}='{match[2]}'", o)
+        for o in overrides
     ]
 
 

@@ -52,7 +52,7 @@ class ValSet:
     """Held-out pairs for validation loss and retrieval."""
 
     shards: Any = free(None)
-    """Shard names as in `data.train.shards`; null turns validation off."""
+    """Shard names as in `data.train.shards`; null or 0 turns validation off."""
     group_key: str = free("caption")
     """What makes two samples the same in retrieval: `caption`, or `json:FIELD`."""
 
@@ -62,7 +62,7 @@ class ZeroshotSet:
     """Labelled images for zero-shot classification."""
 
     shards: Any = free(None)
-    """Shard names as in `data.train.shards`; null turns zero-shot evaluation off."""
+    """Shard names as in `data.train.shards`; null or 0 turns zero-shot evaluation off."""
     classes: str | None = free(None)
     """JSON file with `classnames` and `templates` (and `baselines` to print beside the score)."""
     label_key: str = free("json:label")

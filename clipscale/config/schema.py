@@ -50,8 +50,3 @@ class Config:
     checkpoint: Checkpoint = group(Checkpoint)
     eval: Eval = group(Eval)
     tracking: Tracking = group(Tracking)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the run: total_samples rounded up to whole batches."""
-        return -(-self.total_samples // self.global_batch_size)

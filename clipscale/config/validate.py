@@ -43,8 +43,21 @@ def _sizes(config: Config) -> Iterator[str]:
         checkpoint__keep_last=config.checkpoint.keep_last,
         distributed__timeout_s=config.distributed.timeout_s,
         loss__init_logit_scale=config.loss.init_logit_scale,
+        optim__eps=config.optim.eps,
         model__context_length=config.model.context_length,
+        model__embed_dim=config.model.embed_dim,
+        model__vision__image_size=config.model.vision.image_size,
+        model__text__width=config.model.text.width,
+        model__text__layers=config.model.text.layers,
+        model__text__vocab_size=config.model.text.vocab_size,
     )
+    vision = config.model.vision
+    given = {"patch_size": vision.patch_size, "width": vision.width, "layers": vision.layers}
+    yield from _positive(**{f"model__vision__{key}": value for key, value in given.items() if value is not None})
+    if config.name == "":
+        yield "name='' is no name; null makes one of the configuration"
+    if not 0 <= config.seed < 2**63:
+        yield f"seed={config.seed} must lie between 0 and 2^63 - 1"
     if config.data.workers < 0:
         yield f"data.workers={config.data.workers} must be 0 or more"
     if config.data.window is not None and config.data.window < 1:
@@ -108,7 +121,15 @@ def _training(config: Config) -> Iterator[str]:
         yield f"schedule.decay_fraction={config.schedule.decay_fraction} must lie in (0, 1]"
     if config.loss.max_logit_scale is not None and config.loss.max_logit_scale < 1:
         yield f"loss.max_logit_scale={config.loss.max_logit_scale} must be at least 1; null leaves it free"
-    vision = config.model.vision
+    if config.schedule.warmup_samples < 0:
+        yield f"schedule.warmup_samples={config.schedule.warmup_samples} must be 0 or more"
+    if not 0 <= config.schedule.min_lr_ratio <= 1:
+        yield f"schedule.min_lr_ratio={config.schedule.min_lr_ratio} must lie in [0, 1]"
+    model, vision = config.model, config.model.vision
+    if len(model.mean) != 3 or len(model.std) != 3 or min(model.std) <= 0:
+        yield f"model.mean={model.mean} and model.std={model.std} must be three numbers each, std above 0"
+    if not 0 <= (vision.drop_path or 0) < 1:
+        yield f"model.vision.drop_path={vision.drop_path} must lie in [0, 1)"
     if vision.heads is not None and (vision.heads < 1 or (vision.width is not None and vision.width % vision.heads)):
         yield f"model.vision.width={vision.width} is not divisible by model.vision.heads={vision.heads}"
     if config.model.text.heads < 1 or config.model.text.width % config.model.text.heads:

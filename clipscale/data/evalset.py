@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from clipscale.data.manifest import ShardFile, shard_index
+from clipscale.data.manifest import ShardFile, damages, shard_index
 from clipscale.data.samples import BadSample, Member, decode_image, eval_crop, find_image
 from clipscale.data.stream import read_samples
 
@@ -25,7 +25,7 @@ class EvalItem:
 
     def without_image(self) -> EvalItem:
         """The same item without its pixels, to be kept or sent."""
-        return EvalItem(self.image[:, :0, :0], self.fields, self.key)
+        return EvalItem(self.image.new_empty(3, 0, 0), self.fields, self.key)
 
 
 class BadItem(NamedTuple):
@@ -57,6 +57,11 @@ class EvalSet:
         self._files, self._image_keys, self.size = files, image_keys, size
         self._max_pixels, self._fields = max_pixels, fields
         self._ends = np.cumsum([shard_index(file.path).samples for file in files])
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """What is wrong with the archives in which something is, by file name."""
+        return damages(self._files)
 
     def __len__(self) -> int:
         return int(self._ends[-1])

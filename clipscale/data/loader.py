@@ -33,9 +33,10 @@ from clipscale.data.samples import (
 )
 from clipscale.data.stream import read_stream
 from clipscale.data.tokenizer import Tokenizer
+from clipscale.distributed import GRACE_S
 from clipscale.errors import DataError
 
-GRACE_S = 60.0  # what a worker that was told to end gives the trainer to stop first
+HOPELESS = 50_000  # samples; if none of so many is usable, the keys are wrong
 
 
 @dataclass
@@ -56,21 +57,21 @@ class Batch:
     truncated: int = 0
     """Captions cut to the context length."""
 
-    def pin_memory(self) -> Batch:
-        """Move the tensors that go to the device to page-locked memory."""
-        for name in ("images", "text_ids", "text_lengths"):
-            setattr(self, name, getattr(self, name).pin_memory())
-        return self
-
     @staticmethod
-    def concatenate(parts: Sequence[Batch]) -> Batch:
-        """Join the parts that the workers made, in stream order."""
-        if len(parts) == 1:
-            return parts[0]
+    def concatenate(parts: Sequence[Batch], pin: bool = False) -> Batch:
+        """Join the parts that the workers made, in stream order; what goes to the device, into page-locked memory."""
+
+        def join(tensors: list[torch.Tensor]) -> torch.Tensor:
+            if not pin:
+                return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            rows = sum(len(tensor) for tensor in tensors)
+            out = torch.empty(rows, *tensors[0].shape[1:], dtype=tensors[0].dtype, pin_memory=True)
+            return torch.cat(tensors, out=out)
+
         return Batch(
-            torch.cat([p.images for p in parts]),
-            torch.cat([p.text_ids for p in parts]),
-            torch.cat([p.text_lengths for p in parts]),
+            join([p.images for p in parts]),
+            join([p.text_ids for p in parts]),
+            join([p.text_lengths for p in parts]),
             torch.cat([p.positions for p in parts]),
             [key for p in parts for key in p.keys],
             [bad for p in parts for bad in p.bad],
@@ -132,6 +133,7 @@ class _StreamReader(IterableDataset):
     per_stream: int
     options: SampleOptions
     tokenizer: Tokenizer
+    fruitful: bool = False  # whether any sample was usable so far
 
     def __iter__(self) -> Iterator[Batch | DataError]:
         info = get_worker_info()
@@ -155,21 +157,23 @@ class _StreamReader(IterableDataset):
     ) -> Batch:
         made: list[list[_Prepared]] = [[] for _ in readers]
         bad: list[tuple[str, str]] = []
-        barren = 0
         # What a stream lacks after a round, because samples were bad, it brings in the next one.
         while missing := [i for i, good in enumerate(made) for _ in range(self.per_stream - len(good))]:
             raw = [(i, *next(readers[i])) for i in missing]
             prepared = self._prepare([(int(streams[i]), position, sample) for i, position, sample in raw])
-            found = 0
             for (i, position, sample), result in zip(raw, prepared, strict=True):
                 positions[i] = position + 1
                 if isinstance(result, BadSample):
                     bad.append((str(result), sample.key))
                 else:
                     made[i].append(result)
-                    found += 1
-            barren = 0 if found else barren + len(raw)
-            self._give_up_on(bad[len(bad) - barren :])
+                    self.fruitful = True
+            if not self.fruitful and len(bad) >= HOPELESS:  # or it would read round and round for ever
+                reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(r for r, _ in bad).most_common(5))
+                raise DataError(
+                    f"none of the first {len(bad)} samples is usable: {reasons}; check data.image_keys and "
+                    "data.caption_key"
+                )
         good = [one for stream in made for one in stream]
         packed, lengths = pack([one.ids for one in good])
         return Batch(
@@ -185,8 +189,8 @@ class _StreamReader(IterableDataset):
     def _prepare(self, raw: Sequence[tuple[int, int, Member]]) -> list[_Prepared | BadSample]:
         """Raw samples of ``(stream, position)`` to tensors; a bad one becomes its reason.
 
-        Each stage goes through all samples: that takes about half the time of one sample after the other, whose
-        stages drive each other out of the processor's caches.
+        Each stage goes through all samples: one sample after the other takes half as long again, because the stages
+        drive each other out of the processor's caches.
         """
         options, samples = self.options, [sample for _, _, sample in raw]
         randoms = [KeyedRandom(options.seed, stream, position) for stream, position, _ in raw]
@@ -197,15 +201,6 @@ class _StreamReader(IterableDataset):
             image if isinstance(image, BadSample) else _Prepared(sample.key, image, *text)
             for sample, image, text in zip(samples, images, texts, strict=True)
         ]
-
-    def _give_up_on(self, bad: Sequence[tuple[str, str]]) -> None:
-        # Without this, a set in which nothing is usable would be read round and round for ever.
-        total = sum(shard.samples for shard in self.order.shards)
-        if len(bad) >= min(total, 10_000):
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(r for r, _ in bad).most_common(5))
-            raise DataError(
-                f"{len(bad)} samples in a row are unusable: {reasons}; check data.image_keys and data.caption_key"
-            )
 
 
 class TrainLoader:
@@ -266,8 +261,7 @@ class TrainLoader:
             for part in parts:
                 if isinstance(part, DataError):
                     raise part
-            batch = Batch.concatenate(parts)
-            yield batch.pin_memory() if self._pin_memory else batch
+            yield Batch.concatenate(parts, self._pin_memory)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -79,15 +81,28 @@ def expand_shards(shards: str | Sequence[str], root: str | None, key: str) -> li
 def shard_index(path: Path) -> ShardIndex:
     """The index of a local shard: read from the cache, or made by walking the tar's headers, bodies skipped.
 
-    Raises DataError when the file is not a tar at all.
+    What is no tar at all has no samples, and says so in ``damage``. Raises DataError when it cannot be read.
     """
+    try:
+        return _cached_index(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def damages(files: Sequence[ShardFile]) -> dict[str, str]:
+    """What is wrong with the archives in which something is, by file name."""
+    found = {file.path.name: shard_index(file.path).damage for file in files}
+    return {name: damage for name, damage in found.items() if damage}
+
+
+def _cached_index(path: Path) -> ShardIndex:
     stat = path.stat()
     identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     cached = cache_dir() / "index" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npz"
     try:
         with np.load(cached) as stored:
             return ShardIndex(stored["offsets"], str(stored["damage"]))
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         pass
     index = scan_shard(path)
     try:
@@ -120,8 +135,11 @@ def scan_shard(path: Path) -> ShardIndex:
             damage = f"unreadable after {len(offsets)} samples: {error}"
         if not damage:
             raw.seek(end)
-            if not raw.read(1):
+            rest = iter(lambda: raw.read(1 << 20), b"")
+            if (mark := next(rest, b"")) == b"":
                 damage = "has no end-of-archive mark"
+            elif any(block.strip(b"\0") for block in (mark, *rest)):
+                damage = "holds more after its end-of-archive mark, which is not read"
     return ShardIndex(np.array([*offsets, end], dtype=np.int64), damage)
 
 

@@ -60,7 +60,7 @@ def find_field(sample: Member, key: str) -> Any:
             return json.loads(sample.members["json"])[field]
         except KeyError:
             raise BadSample(f"no_{field}") from None
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise BadSample("bad_json") from None
     if key not in sample.members:
         raise BadSample("no_caption" if key == "txt" else f"no_{key}")

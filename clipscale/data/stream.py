@@ -30,6 +30,8 @@ def read_samples(path: Path, start: int, stop: int) -> Iterator[Member]:
             for sample in _group(raw, int(offsets[start]), int(offsets[stop]), path.name):
                 found += 1
                 yield sample
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except TarError as error:
         raise DataError(f"{path} is not what its index says ({error}): it changed; start again") from None
     if found != stop - start:

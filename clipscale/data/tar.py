@@ -6,10 +6,12 @@ time on small JPEGs), so the headers of ustar, GNU and PAX archives are read her
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
+OCTAL = re.compile(rb"[0-7]+")
 _FILE, _LINK_OR_DEVICE, _ABOUT_THE_NEXT = b"0\0" + b"7", b"123456", b"xXgLK"
 _ZEROS = bytes(BLOCK)
 
@@ -99,10 +101,10 @@ def _number(digits: bytes, offset: int) -> int:
         if digits[0] != 0x80:
             raise TarError(f"byte {offset}: a negative number in a tar header")
         return int.from_bytes(digits[1:], "big")
-    try:
-        return int(digits.split(b"\0", 1)[0].strip() or b"0", 8)
-    except ValueError:
-        raise TarError(f"byte {offset}: not a tar header") from None
+    text = digits.split(b"\0", 1)[0].strip() or b"0"
+    if not OCTAL.fullmatch(text):
+        raise TarError(f"byte {offset}: not a tar header")
+    return int(text, 8)
 
 
 def _decimal(digits: str, offset: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -60,14 +61,16 @@ class Tokenizer:
     def _bpe(self, caption: str) -> list[int]:
         # A word's ids do not depend on its neighbours, and words come again: cleaning and merging them anew would cost
         # as much as decoding a small image. What cleaning might change goes the long way.
+        if len(self._words) > MOST_WORDS:
+            self._words.clear()
+        if len(self._impl.cache) > MOST_WORDS:  # open_clip's own memory of words grows for ever
+            self._impl.cache = dict(islice(self._impl.cache.items(), len(self._impl.all_special_ids)))
         if not PLAIN.fullmatch(caption):
             return list(self._impl.encode(caption))
         ids: list[int] = []
         for word in caption.split():
             known = self._words.get(word)
             if known is None:
-                if len(self._words) >= MOST_WORDS:
-                    self._words.clear()
                 known = self._words[word] = list(self._impl.encode(word))
             ids += known
         return ids

@@ -1,1 +1,4 @@
 """Process groups, the collectives of the loss, and what starts and ends them."""
+
+GRACE_S = 600
+"""What a signalled run has to finish its step or evaluation and to save; torchrun's own 30 s are short."""

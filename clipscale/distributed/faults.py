@@ -65,11 +65,11 @@ class StopRequest:
 
     def release(self) -> None:
         """Give the signals back, and finish the reduction that is under way."""
-        if self._pending is not None:
-            self._pending.read()
-            self._pending = None
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.read()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

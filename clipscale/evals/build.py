@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def build_evaluators(data: Data, image_size: int, loss_batch_size: int) -> list[
     """
     found: list[Evaluator] = []
     if data.val.shards:
-        fields = (partial(_first_caption, key=data.caption_key), partial(_group, data=data))
+        fields = (partial(find_captions, caption_key=data.caption_key), partial(_answers, data=data))
         pairs = _eval_set(data, data.val.shards, "data.val.shards", image_size, fields)
         found.append(RetrievalEvaluator(pairs, loss_batch_size))
     if data.zeroshot.shards:
@@ -40,34 +40,38 @@ def build_evaluators(data: Data, image_size: int, loss_batch_size: int) -> list[
     return found
 
 
+def damaged_shards(evaluators: Sequence[Evaluator]) -> dict[str, str]:
+    """What is wrong with the held-out archives in which something is, by file name."""
+    return {name: damage for evaluator in evaluators for name, damage in evaluator.data.damaged.items()}
+
+
 def _eval_set(data: Data, shards: Any, key: str, size: int, fields: tuple[Callable[[Member], Any], ...]) -> EvalSet:
     files = expand_shards(shards, data.root, key)
     evalset = EvalSet(files, data.image_keys, size, data.max_pixels, fields)
     if not len(evalset):
         raise DataError(f"{key}={shards} holds no samples; null turns this evaluation off")
-    probed = evalset.read(0, PROBED)
-    bad = Counter(item.reason for item in probed if isinstance(item, BadItem))
-    if bad.total() == len(probed):
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in bad.items())
-        raise DataError(
-            f"{key}={shards}: none of the first {len(probed)} samples can be used ({reasons}); check data.image_keys, "
-            "data.caption_key, data.val.group_key and data.zeroshot.label_key; null turns this evaluation off"
-        )
-    return evalset
+    bad: Counter[str] = Counter()
+    for start in range(0, len(evalset), PROBED):
+        probed = evalset.read(start, start + PROBED)
+        bad += Counter(item.reason for item in probed if isinstance(item, BadItem))
+        if bad.total() < start + len(probed):
+            return evalset
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in bad.items())
+    raise DataError(
+        f"{key}={shards}: none of the {len(evalset)} samples can be used ({reasons}); check data.image_keys, "
+        "data.caption_key, data.val.group_key and data.zeroshot.label_key; null turns this evaluation off"
+    )
 
 
-def _first_caption(sample: Member, key: str) -> str:
-    return find_captions(sample, key)[0]
-
-
-def _group(sample: Member, data: Data) -> Any:
+def _answers(sample: Member, data: Data) -> list[str]:
     key = data.val.group_key
-    return _first_caption(sample, data.caption_key) if key == "caption" else find_field(sample, key)
+    return find_captions(sample, data.caption_key) if key == "caption" else [str(find_field(sample, key))]
 
 
 def _label(sample: Member, key: str) -> int:
     value = find_field(sample, key)
-    try:
+    if isinstance(value, str) and value.strip().isdecimal():
         return int(value)
-    except (TypeError, ValueError):
-        raise BadSample("label_is_no_number") from None
+    if isinstance(value, int):
+        return value
+    raise BadSample("label_is_no_number")

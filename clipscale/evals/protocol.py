@@ -97,6 +97,11 @@ class EvalContext:
 class Evaluator(Protocol):
     """One kind of evaluation."""
 
+    @property
+    def data(self) -> EvalSet:
+        """What it evaluates on."""
+        ...
+
     def run(self, context: EvalContext) -> dict[str, float]:
         """Named numbers, e.g. ``val/loss``; one with a meaningful chance level has a ``…_chance`` twin."""
         ...

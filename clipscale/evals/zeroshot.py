@@ -31,16 +31,22 @@ class Classes:
         """Read a JSON file with ``classnames`` and ``templates``; raises DataError when it is not one."""
         try:
             content: Any = json.loads(path.read_text())
-            names, templates = list(content["classnames"]), list(content["templates"])
-        except FileNotFoundError:
+            names = [str(name) for name in content["classnames"]]
+            templates = [str(template) for template in content["templates"]]
+            usable = all("{}" in template and template.format("name") for template in templates)
+            baselines = {str(name): float(score) for name, score in content.get("baselines", {}).items()}
+        except OSError as error:
             raise DataError(
-                f"data.zeroshot.classes={path} does not exist; set it, or data.zeroshot.shards=null"
+                f"data.zeroshot.classes={path} cannot be read: {error.strerror}; set it, or data.zeroshot.shards=null"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"data.zeroshot.classes={path} needs classnames and templates ({error})") from None
-        if not names or not templates or not all("{}" in template for template in templates):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise DataError(
+                f"data.zeroshot.classes={path} needs a list classnames, and a list templates with one {{}} each "
+                f"({type(error).__name__}: {error})"
+            ) from None
+        if not names or not templates or not usable:
             raise DataError(f"data.zeroshot.classes={path}: classnames, and templates that hold {{}}, are needed")
-        return Classes(names, templates, dict(content.get("baselines", {})))
+        return Classes(names, templates, baselines)
 
     def check(self, labels: Sequence[int]) -> None:
         """Raise DataError unless every label is the number of a class."""

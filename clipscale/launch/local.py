@@ -10,10 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 from clipscale.config.rundir import read_result
+from clipscale.distributed import GRACE_S
 from clipscale.errors import ExitCode
-
-# What a signalled rank has to finish its step and save; torchrun's own 30 s are short for a large model.
-GRACE_S = 600
 
 
 def launch(config_file: Path, processes: int) -> ExitCode:

@@ -85,8 +85,8 @@ def summary_table(title: str, metrics: Mapping[str, Any]) -> Table:
         name, is_baseline = key.removeprefix("val/"), key.startswith("val/zeroshot/top1_")
         if is_baseline:
             name = f"  what {name.removeprefix('zeroshot/top1_').replace('_', ' ')} would score in top1"
-            times = metrics["val/zeroshot/top1"] / value
-            table.add_row(name, f"{value:.4f}", "", f"top1 is {times:.1f} times this")
+            times = f"top1 is {metrics['val/zeroshot/top1'] / value:.1f} times this" if value else ""
+            table.add_row(name, f"{value:.4f}", "", times)
         else:
             table.add_row(
                 name,

@@ -34,6 +34,17 @@ def last_values(path: Path) -> dict[str, float]:
     return values
 
 
+def evaluated_at(path: Path, samples_seen: int) -> int:
+    """Samples seen at the last evaluation in a ``metrics.jsonl`` up to ``samples_seen``; 0 if there is none."""
+    found = 0
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError):
+            row = json.loads(line)
+            if row["samples_seen"] <= samples_seen and any(key.startswith("val/") for key in row):
+                found = row["samples_seen"]
+    return found
+
+
 class Jsonl:
     """``RUN/metrics.jsonl``, a row per line, flushed at once."""
 

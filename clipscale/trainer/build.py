@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from clipscale.config import Config
 from clipscale.config.data import Builtin, Data
 from clipscale.data.loader import SampleOptions, TrainLoader
-from clipscale.data.manifest import ShardFile, expand_shards, shard_index
+from clipscale.data.manifest import ShardFile, cache_dir, damages, expand_shards, shard_index
 from clipscale.data.order import SampleOrder, Shard
 from clipscale.data.samples import ImageOptions
 from clipscale.data.shapes import ShapesSpec, ensure_shapes, train_shards
@@ -41,8 +42,6 @@ class TrainData:
 
     files: list[ShardFile]
     order: SampleOrder
-    damaged: dict[str, str]
-    """What is wrong with the archives in which something is, by file name."""
 
     @property
     def samples(self) -> int:
@@ -55,8 +54,17 @@ def place_data(data: Data, runtime: Runtime) -> Data:
     if data.builtin is Builtin.none:
         return data
     spec = ShapesSpec(**vars(data.shapes))
-    root = once_per_node(runtime, lambda: ensure_shapes(spec))
+    root = once_per_node(runtime, lambda: _render(spec))
     return replace(data, root=str(root), train=replace(data.train, shards=train_shards(spec)))
+
+
+def _render(spec: ShapesSpec) -> Path:
+    try:
+        return ensure_shapes(spec)
+    except OSError as error:
+        raise DataError(
+            f"the built-in data cannot be written to {cache_dir()}: {error.strerror}; set XDG_CACHE_HOME"
+        ) from None
 
 
 def build_train_data(config: Config, data: Data, runtime: Runtime) -> TrainData:
@@ -66,22 +74,22 @@ def build_train_data(config: Config, data: Data, runtime: Runtime) -> TrainData:
     are absent, empty or unreadable, and for weights that do not match the sources.
     """
     files = expand_shards(data.train.shards, data.root, "data.train.shards")
-    indexes = once_per_node(runtime, lambda: [shard_index(file.path) for file in files])
-    samples = sum(index.samples for index in indexes)
+    counts = once_per_node(runtime, lambda: [shard_index(file.path).samples for file in files])
+    samples = sum(counts)
     if not samples:
-        raise DataError(f"data.train.shards={data.train.shards}: the {len(files)} shards hold no sample")
+        why = "".join(f"\n  {name} {damage}" for name, damage in islice(damages(files).items(), 5))
+        raise DataError(f"data.train.shards={data.train.shards}: the {len(files)} shards hold no sample{why}")
     streams = config.data.streams
     assert streams is not None, "open_run records the number of streams"
     if config.data.window is None:
         mean_bytes = sum(file.path.stat().st_size for file in files) / samples
         config.data.window = int(np.clip(WINDOW_BYTES / (streams * mean_bytes), *WINDOW_RANGE))
     try:
-        shards = [Shard(file.path.name, index.samples, file.source) for file, index in zip(files, indexes, strict=True)]
+        shards = [Shard(file.path.name, count, file.source) for file, count in zip(files, counts, strict=True)]
         order = SampleOrder(shards, data.train.weights, config.seed, streams, config.data.window)
     except ValueError as error:
-        raise ConfigError(f"data.train.weights={data.train.weights}: {error}") from None
-    damaged = {file.path.name: index.damage for file, index in zip(files, indexes, strict=True) if index.damage}
-    return TrainData(files, order, damaged)
+        raise ConfigError(f"data.train.shards, data.train.weights: {error}") from None
+    return TrainData(files, order)
 
 
 def build_loader(

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,16 +23,17 @@ from clipscale.config.resume import value_of
 from clipscale.config.rundir import count_events, log_event, write_result
 from clipscale.config.schema import Config as Schema
 from clipscale.data.loader import Batch
+from clipscale.data.manifest import damages
 from clipscale.data.tokenizer import build_tokenizer
 from clipscale.distributed.collectives import gather, total, world_size
 from clipscale.distributed.faults import StopRequest
 from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError, DivergedError, ExitCode
-from clipscale.evals import build_evaluators
+from clipscale.evals import build_evaluators, damaged_shards
 from clipscale.models import build_model
 from clipscale.optim import Ema, build_optimizer, configure, learning_rate
 from clipscale.parallel import build_scaler, parallelize
-from clipscale.telemetry import Meters, Sinks, last_values
+from clipscale.telemetry import Meters, Sinks, evaluated_at, last_values
 from clipscale.trainer.build import build_loader, build_train_data, eval_context, place_data, run_path
 from clipscale.trainer.step import TrainStep
 
@@ -68,7 +69,8 @@ class Trainer:
         self.saved = Saved(positions=[0] * self.train.order.streams, fingerprint=self.train.order.fingerprint)
         self.bad: Counter[str] = Counter()
         self.counts = torch.zeros(2, dtype=torch.int64)  # bad samples and cut captions on this rank since the last save
-        self.evaluated_at = self.checkpointed_at = -1
+        self.evaluated_at = 0  # samples seen at the last evaluation
+        self.checkpointed_at = -1
 
     def fit(self) -> ExitCode:
         """Resume, then step, log, evaluate and save until the samples are seen or somebody asks to stop.
@@ -76,31 +78,34 @@ class Trainer:
         Returns DONE or PREEMPTED. Raises DivergedError when the loss is no longer a number.
         """
         self._resume()
-        config, batch_size = self.config, self.config.global_batch_size
-        if self.saved.samples_seen >= config.total_samples:
+        if self._is_over and not self._evaluation_is_due():
             return self._already_done()
         self.meters = Meters(self.runtime.device, self.runtime.world)
         self.sinks = self._open_sinks()
-        stop = StopRequest(self.runtime.device)
         try:
             batches = self._batches()
-            while self.saved.samples_seen < config.total_samples:
-                self._train_on(next(batches))
-                if self._due(config.tracking.log_every_steps * batch_size) or self._is_over:
-                    self._log()
-                if self._due(config.eval.every_samples):
-                    self._evaluate()
-                if self._due(config.checkpoint.every_samples) and not self._is_over:  # the last one follows evaluation
-                    self._save()
-                if stop.agreed() and not self._is_over:
-                    self._save()
-                    return self._finish(ExitCode.PREEMPTED)
-            self._evaluate()
-            self._save()
-            return self._finish(ExitCode.DONE)
+            stop = StopRequest(self.runtime.device)  # after the workers' server, which must not inherit its handlers
+            try:
+                return self._train(batches, stop)
+            finally:
+                stop.release()
         finally:
-            stop.release()
             self.sinks.close()
+
+    def _train(self, batches: Iterator[Batch], stop: StopRequest) -> ExitCode:
+        config, batch_size = self.config, self.config.global_batch_size
+        self._evaluate()  # what a kill in an evaluation left undone
+        while not self._is_over:
+            self._train_on(next(batches))
+            if self._due(config.tracking.log_every_steps * batch_size) or self._is_over:
+                self._log()
+            if self._due(config.checkpoint.every_samples) or self._is_over:
+                self._save()
+            self._evaluate()
+            if stop.agreed() and not self._is_over:
+                self._save()
+                return self._finish(ExitCode.PREEMPTED)
+        return self._finish(ExitCode.DONE)
 
     @property
     def _is_over(self) -> bool:
@@ -117,11 +122,14 @@ class Trainer:
 
     def _batches(self) -> Iterator[Batch]:
         positions = np.array(self.saved.positions, dtype=np.int64)
-        loader = iter(build_loader(self.config, self.train, positions, self.tokenizer, self.runtime))
+        return self._timed(build_loader(self.config, self.train, positions, self.tokenizer, self.runtime))
+
+    def _timed(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        batches = iter(loader)
         self.meters.restart()
         while True:
             started = time.perf_counter()
-            batch = next(loader)
+            batch = next(batches)
             self.meters.waited(time.perf_counter() - started)
             yield batch
 
@@ -221,10 +229,15 @@ class Trainer:
 
     # ---- evaluate, save, finish -------------------------------------------------------------------------------
 
+    def _evaluation_is_due(self) -> bool:
+        """Whether this step ends with an evaluation that has not been made, be it by an attempt before this one."""
+        due = self._is_over or self._due(self.config.eval.every_samples)
+        return bool(self.evaluators) and due and self.saved.samples_seen > self.evaluated_at
+
     def _evaluate(self) -> None:
-        if not self.evaluators or self.evaluated_at == self.saved.step:
+        if not self._evaluation_is_due():
             return
-        self.evaluated_at = self.saved.step
+        self.evaluated_at = self.saved.samples_seen
         values: dict[str, float] = {}
         self.model.eval()
         with self.ema.applied() if self.ema else nullcontext():
@@ -299,7 +312,7 @@ class Trainer:
         self.started = time.perf_counter()
         self.attempt = 1 + count_events(self.path, "started")
         self.warned: dict[str, int] = {}
-        self.lr, self.positions = 0.0, torch.zeros(1, dtype=torch.int64)
+        self.lr = 0.0
         newest = self.checkpoints.newest()
         if world_size() > 1:
             dist.barrier()  # before the main rank counts this start, or removes anything
@@ -312,6 +325,10 @@ class Trainer:
                 self.step.scaler.load_state_dict(self.saved.scaler)
             self.warned["bad"] = self.saved.bad_samples
             self.checkpointed_at = self.saved.step
+        self.positions = torch.tensor(self.saved.positions, dtype=torch.int64)
+        # One rank reads the file for all: they must not disagree on what comes next.
+        made = evaluated_at(self.path / "metrics.jsonl", self.saved.samples_seen) if self.runtime.is_main else 0
+        self.evaluated_at = int(total(torch.tensor([made], device=self.runtime.device)))
         if self.runtime.is_main:
             self.checkpoints.clean()
             save_config(self.config, self.path / "config.yaml")  # with the window that was chosen
@@ -353,7 +370,7 @@ class Trainer:
             f"  data {self.train.samples:,} samples in {len(order.shards)} shards; {order.streams} streams, "
             f"windows of {order.window_size}"
         )
-        for name, damage in self.train.damaged.items():
+        for name, damage in (damages(self.train.files) | damaged_shards(self.evaluators)).items():
             say(f"warning: shard {name} {damage}")
             if self.runtime.is_main:
                 log_event(self.path, "damaged_shard", shard=name, damage=damage)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,8 +248,8 @@ def test_asked_to_stop_it_saves_and_goes_on(
         (["tokenizer.context_length=99"], "model.context_length=99"),
         (["model.text.vocab_size=100"], "use model.text.vocab_size=49408"),
         (["cluster=slurm"], "launch/slurm.sbatch"),
-        (["data.val.group_key=json:colour"], "none of the first 16 samples can be used (16 x no_colour)"),
-        (["data.zeroshot.label_key=json:captions"], "16 x label_is_no_number"),
+        (["data.val.group_key=json:colour"], "none of the 40 samples can be used (40 x no_colour)"),
+        (["data.zeroshot.label_key=json:captions"], "40 x label_is_no_number"),
         (["runs_dir=/proc/nowhere"], "cannot be written"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -298,6 +299,36 @@ def test_eval_on_other_data(demo: Path, data: Path) -> None:
     measured = json.loads(done.stdout)
     assert measured["val/retrieval/i2t_r1_chance"] == pytest.approx(1 / 40)
     assert not any("zeroshot" in key for key in measured)
+    done = subprocess.run([*evaluate, "data.val.shards=null"], capture_output=True, text=True)
+    assert all("zeroshot" in key for key in json.loads(done.stdout)), "the rest of the run's own data is still there"
+
+
+def test_killed_in_an_evaluation_it_is_made_up_for(
+    undisturbed: tuple[Path, str], recipe: list[str], tmp_path: Path
+) -> None:
+    """As after a kill between a checkpoint and the end of the evaluation that follows it."""
+    path = undisturbed[0].with_name("unevaluated")
+    shutil.copytree(undisturbed[0], path)
+    kept = [json.dumps(row) for row in rows(path) if not ("val/loss" in row and row["step"] == STEPS)]
+    (path / "metrics.jsonl").write_text("".join(f"{row}\n" for row in kept))
+    text = (path / "config.yaml").read_text().replace("undisturbed", "unevaluated")
+    (path / "config.yaml").write_text(text)
+    assert "done: " in run(*recipe, "name=unevaluated")
+    again, before = rows(path)[-1], rows(undisturbed[0])[-1]
+    assert again["val/loss"] == pytest.approx(before["val/loss"], abs=1e-6) and again["epoch"] == before["epoch"]
+    assert len(rows(path)) == len(rows(undisturbed[0]))
+
+
+def test_the_torchrun_script_starts_one_rank_without_gpus(tmp_path: Path) -> None:
+    for name, body in (("torchrun", 'echo "$@"'), ("nvidia-smi", "exit 9")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ["bash", str(ROOT / "launch" / "torchrun.sh"), "experiment=demo"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--standalone" in done.stdout and "--nproc-per-node=1" in done.stdout
+    assert done.stdout.rstrip().endswith("-m clipscale.train experiment=demo")
 
 
 def test_a_sweep_runs_every_job(recipe: list[str]) -> None:

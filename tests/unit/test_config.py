@@ -93,8 +93,9 @@ def test_brace_patterns_need_no_quotes() -> None:
     assert config.data.train.shards == "/d/{000..003}.tar::/e/{0..1}.tar"
     config, _ = compose(["data=shards", "data.train.shards=[/d/1.tar,/d/2.tar]"])
     assert config.data.train.shards == ["/d/1.tar", "/d/2.tar"]
-    config, _ = compose(["data.val.shards=null"])
-    assert config.data.val.shards is None
+    for off in ("null", "0"):
+        config, _ = compose([f"data.val.shards={off}"])
+        assert not config.data.val.shards
 
 
 def test_all_cross_field_mistakes_come_at_once() -> None:
@@ -120,6 +121,16 @@ def test_all_cross_field_mistakes_come_at_once() -> None:
         (["data.zeroshot.classes=null"], 1, "data.zeroshot.classes"),
         (["model.text.heads=3"], 1, "model.text.heads"),
         (["data.workers=-1"], 1, "data.workers"),
+        (["model.mean=[0.5]"], 1, "three numbers each"),
+        (["model.std=[0,0,0]"], 1, "std above 0"),
+        (["model.embed_dim=0"], 1, "model.embed_dim=0 must be above 0"),
+        (["model.vision.patch_size=0"], 1, "model.vision.patch_size=0 must be above 0"),
+        (["model.vision.drop_path=1.5"], 1, "model.vision.drop_path"),
+        (["schedule.min_lr_ratio=-1"], 1, "schedule.min_lr_ratio"),
+        (["schedule.warmup_samples=-5"], 1, "must be 0 or more"),
+        (["optim.eps=-1"], 1, "optim.eps"),
+        (["seed=99999999999999999999"], 1, "seed=99999999999999999999 must lie"),
+        (["name=''"], 1, "is no name"),
     ],
 )
 def test_cross_field_mistakes(overrides: list[str], world: int, message: str) -> None:

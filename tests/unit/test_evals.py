@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from clipscale.data.evalset import EvalItem
+from clipscale.data.samples import BadSample, Member
 from clipscale.errors import DataError
+from clipscale.evals import RetrievalEvaluator
+from clipscale.evals.build import _label
 from clipscale.evals.ranking import chance, hit_probability, hits
 from clipscale.evals.zeroshot import Classes
 
@@ -50,9 +56,13 @@ def test_chance_with_groups() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "does not exist"),
-        ("{", "needs classnames and templates"),
-        (json.dumps({"classnames": ["a"]}), "needs classnames and templates"),
+        (None, "cannot be read: No such file"),
+        (json.dumps({"classnames": ["a"], "templates": ["{} and {}"]}), "one {} each"),
+        (json.dumps({"classnames": ["a"], "templates": ["{} {"]}), "one {} each"),
+        (json.dumps({"classnames": ["a"], "templates": [5]}), "templates that hold"),
+        (json.dumps({"classnames": ["a"], "templates": ["{}"], "baselines": [1]}), "one {} each"),
+        ("{", "needs a list classnames"),
+        (json.dumps({"classnames": ["a"]}), "needs a list classnames"),
         (json.dumps({"classnames": ["a"], "templates": ["no slot"]}), "templates that hold"),
         (json.dumps({"classnames": [], "templates": ["{}"]}), "templates that hold"),
     ],
@@ -63,3 +73,38 @@ def test_wrong_class_files_are_one_line(tmp_path: Path, content: str | None, mes
         path.write_text(content)
     with pytest.raises(DataError, match=message):
         Classes.load(path)
+
+
+def test_several_right_captions_per_image() -> None:
+    """Three images; the second and the third share a caption, the first has two of its own."""
+    captions = [["a", "b"], ["c", "d"], ["d"]]
+    features = {"a": [1.0, 0, 0], "b": [0.6, 0.8, 0], "c": [0, 1.0, 0], "d": [0, 0.6, 0.8]}
+    images = torch.tensor([[0.6, 0.8, 0], [0, 1.0, 0], [1.0, 0, 0]])
+    items = [EvalItem(torch.zeros(3, 0, 0), (texts, texts), "") for texts in captions]
+    context = SimpleNamespace(
+        encode_images=lambda data: (images, items, []),
+        encode_captions=lambda texts: torch.tensor([features[text] for text in texts]),
+        loss=lambda image, text: (image * text).sum(),
+        device=torch.device("cpu"),
+    )
+    metrics = RetrievalEvaluator(None, 2).run(context)  # type: ignore[arg-type]
+    assert metrics["val/retrieval/i2t_r1"] == pytest.approx(2 / 3), "its second caption is as right; the third is lost"
+    # a -> image 3, wrong; b -> image 1; c -> image 2; d -> image 2, one of its two
+    assert metrics["val/retrieval/t2i_r1"] == pytest.approx(3 / 4)
+    assert metrics["val/retrieval/i2t_r1_chance"] == pytest.approx((2 / 4 + 2 / 4 + 1 / 4) / 3)
+    assert metrics["val/retrieval/t2i_r1_chance"] == pytest.approx((1 / 3 * 3 + 2 / 3) / 4)
+
+
+def test_an_item_without_its_image_is_small() -> None:
+    item = EvalItem(torch.zeros(3, 224, 224, dtype=torch.uint8), ("a",), "k")
+    assert len(pickle.dumps(item.without_image())) < 2000
+
+
+@pytest.mark.parametrize(("value", "label"), [(3, 3), ("7", 7), (3.7, None), ("cat", None), (float("inf"), None)])
+def test_labels_are_numbers(value: object, label: int | None) -> None:
+    sample = Member("s/k", {"json": json.dumps({"label": value}).encode()})
+    if label is not None:
+        assert _label(sample, "json:label") == label
+    else:
+        with pytest.raises(BadSample, match="label_is_no_number"):
+            _label(sample, "json:label")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from clipscale.data import loader
 from clipscale.data.loader import Batch, SampleOptions, TrainLoader
 from clipscale.data.manifest import expand_shards, scan_shard, shard_index
 from clipscale.data.order import SampleOrder
@@ -111,9 +112,23 @@ def test_batches_follow_the_order_and_count_the_bad(paths: list[Path], tokenizer
     }
 
 
+def test_a_long_bad_stretch_is_not_fatal(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "HOPELESS", 50)
+    paths = write_shards(tmp_path, [40, 400, 40], {n: {"txt": b"a"} for n in range(40, 440)})
+    order = SampleOrder([(path.name, shard_index(path).samples) for path in paths], None, 3, 1, 4)
+    first = next(n for n in range(60) if order.locate(0, n).shard != 1)
+    assert first < 50, "this seed begins with usable samples"
+    options = SampleOptions(("jpg",), "txt", ImageOptions(16, (0.5, 1.0), (0.75, 4 / 3), 10**6), 5)
+    made = TrainLoader(
+        order, paths, np.zeros(1, np.int64), rank=0, world=1, global_batch_size=8, options=options,
+        tokenizer=tokenizer, workers=0, pin_memory=False,
+    )  # fmt: skip
+    assert sum(len(batch.bad) for batch in islice(made, 12)) >= 400
+
+
 def test_hopeless_data_ends_with_the_reason(tmp_path: Path, tokenizer: Tokenizer) -> None:
     paths = write_shards(tmp_path, [30], {n: {"txt": b"a"} for n in range(30)})
-    with pytest.raises(DataError, match=r"\d+ x no_image"):
+    with pytest.raises(DataError, match=r"\d{5} x no_image; check data.image_keys"):
         batches(paths, tokenizer, count=1)
 
 
@@ -141,6 +156,40 @@ def test_a_cut_shard_keeps_its_whole_samples_and_says_so(tmp_path: Path) -> None
     cut = scan_shard(path)
     assert "cut short" in cut.damage
     assert [s.key for s in read_samples(path, 0, 7)] == [f"00000.tar/{n:06d}" for n in range(7)]
+
+
+def test_what_follows_the_end_mark_is_told(tmp_path: Path) -> None:
+    one = write_shards(tmp_path, [10])[0]
+    data = one.read_bytes()
+    one.write_bytes(data + data)
+    glued = scan_shard(one)
+    assert glued.samples == 10 and "more after its end-of-archive mark" in glued.damage
+    index = scan_shard(one)
+    start = int(index.offsets[3])
+    one.write_bytes(data[:start] + bytes(512) + data[start + 512 :])
+    assert scan_shard(one).samples == 3 and "more after" in scan_shard(one).damage
+
+
+def test_what_is_no_tar_has_no_samples(tmp_path: Path) -> None:
+    page = tmp_path / "a.tar"
+    page.write_bytes(b"<html>" + b"not found " * 200)
+    assert scan_shard(page).samples == 0 and "not a tar header" in scan_shard(page).damage
+    page.write_bytes(b"")
+    assert scan_shard(page).samples == 0 and "no end-of-archive mark" in scan_shard(page).damage
+
+
+def test_a_damaged_index_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_shards(tmp_path, [10])[0]
+    assert shard_index(path).samples == 10
+    (cached,) = (tmp_path / "cache").rglob("*.npz")
+    cached.write_bytes(cached.read_bytes()[:300])
+    shard_index.cache_clear()
+    assert shard_index(path).samples == 10
+    path.unlink()
+    shard_index.cache_clear()
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        shard_index(path)
 
 
 def test_duplicate_members_are_a_bad_sample(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from clipscale.config import config_dir, load_group
 from clipscale.config.model import Model
+from clipscale.data import tokenizer as tokenizing
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.errors import ConfigError
 from clipscale.models import CLIP, build_model
@@ -166,6 +167,16 @@ def test_tokenizer() -> None:
 )).map(" ".join))  # fmt: skip
 def test_captions_are_cut_into_words_as_open_clip_does(caption: str) -> None:
     assert TOKENIZER.encode(caption)[0][1:-1].tolist() == TOKENIZER._impl.encode(caption)
+
+
+def test_words_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizing, "MOST_WORDS", 50)
+    tokenizer = Tokenizer("clip", 77)
+    before = tokenizer.encode("one two <end_of_text> é")[0].tolist()
+    for n in range(500):
+        tokenizer.encode(f"word{n} wörd{n}")
+    assert len(tokenizer._words) < 60 and len(tokenizer._impl.cache) < 60
+    assert tokenizer.encode("one two <end_of_text> é")[0].tolist() == before
 
 
 def test_unknown_tokenizer() -> None:

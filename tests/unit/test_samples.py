@@ -99,6 +99,7 @@ def test_fields_of_a_sample() -> None:
         ({"txt": "é".encode("latin-1")}, "txt", "bad_text_encoding"),
         ({"json": b"{"}, "json:captions", "bad_json"),
         ({"json": b"{}"}, "json:captions", "no_captions"),
+        ({"json": b'{"captions":' + b"[" * 200_000}, "json:captions", "bad_json"),
         ({"json": b"[]"}, "json:captions", "bad_json"),
         ({}, "json:captions", "no_json|no_captions"),
     ],

@@ -104,6 +104,14 @@ def test_signed_checksums_of_old_archives() -> None:
     assert [m.name for m in members(io.BytesIO(bytes(header)))] == ["naïve.txt"]
 
 
+def test_a_negative_size_is_refused() -> None:
+    header = bytearray(archive([("a.txt", tarfile.REGTYPE, b"one", 0)], tarfile.USTAR_FORMAT))
+    header[124:136] = b"-0000001000\0"
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:512]))
+    with pytest.raises(TarError, match="not a tar header"):
+        walk(bytes(header))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
