@@ -16,9 +16,9 @@ export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # What a signalled rank has to finish its step and save: torchrun's own 30 s are short, but old versions know no other.
-torch=$(python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')
+torch=$(python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])' || true)
 grace=()
-if grep -q -- --shutdown-timeout "$torch/distributed/run.py"; then grace=(--shutdown-timeout=600); fi
+if grep -qs -- --shutdown-timeout "$torch/distributed/run.py"; then grace=(--shutdown-timeout=600); fi
 
 if [ "$NODES" -eq 1 ]; then
   rendezvous=(--standalone)

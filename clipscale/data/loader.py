@@ -288,8 +288,14 @@ def _start_worker(worker: int) -> None:
     # stop: torchrun signals a rank's whole process group.
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: threading.Timer(GRACE_S, os._exit, (1,)).start())
+    signal.signal(signal.SIGTERM, lambda number, frame: _end_after(GRACE_S))
     threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_after(seconds: float) -> None:
+    timer = threading.Timer(seconds, os._exit, (1,))
+    timer.daemon = True  # it must not keep a worker that could end before
+    timer.start()
 
 
 def _end_with_the_trainer() -> None:

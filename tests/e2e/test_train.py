@@ -323,7 +323,7 @@ def test_the_torchrun_script_starts_one_rank_without_gpus(tmp_path: Path) -> Non
     for name, body in (("torchrun", 'echo "$@"'), ("nvidia-smi", "exit 9")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment = os.environ | {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     script = ["bash", str(ROOT / "launch" / "torchrun.sh"), "experiment=demo"]
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
