@@ -48,13 +48,13 @@ def bare(root: str, steps: int) -> float:
     from clipscale.losses import clip_loss
     from clipscale.models import build_model
     from clipscale.optim import build_optimizer
-    from clipscale.trainer.build import build_loader, build_train_data
+    from clipscale.trainer.build import build_loader, build_store, build_train_data
 
     with tempfile.TemporaryDirectory() as runs:
         overrides = ["experiment=emoji", f"data.root={root}", f"runs_dir={runs}", "data.workers=0"]
         config = open_run(*compose(overrides), overrides, 1).config
     runtime = start("cpu", 60)
-    train = build_train_data(config, config.data, runtime)
+    train = build_train_data(config, config.data, build_store(config), runtime)
     positions = np.zeros(train.order.streams, np.int64)
     loader = build_loader(config, train, positions, build_tokenizer(config.tokenizer, config.model), runtime)
     batches = list(islice(loader, CACHED))

@@ -18,7 +18,7 @@ from clipscale.data.evalset import EvalItem, EvalSet
 from clipscale.data.manifest import expand_shards
 from clipscale.data.samples import find_captions
 from clipscale.distributed.runtime import Runtime
-from clipscale.trainer.build import place_data
+from clipscale.trainer.build import build_store, place_data
 
 QUERIES, FOUND = 5, 6
 BLUE, ORANGE, GREY = "#2f6fb0", "#d9822b", "#888888"
@@ -51,7 +51,7 @@ def retrieval(run: Path, out: Path) -> None:
     path, config = find_checkpoint(run)
     model, _, tokenizer = clipscale.load(path)
     data = place_data(config.data, Runtime(0, 1, 0, torch.device("cpu")))
-    files = expand_shards(data.val.shards, data.root, "data.val.shards")
+    files = expand_shards(data.val.shards, data.root, "data.val.shards", build_store(config))
     fields = (lambda sample: find_captions(sample, data.caption_key)[0],)
     items = EvalSet(files, data.image_keys, config.model.vision.image_size, data.max_pixels, fields)
     held_out = [item for item in items.read(0, len(items)) if isinstance(item, EvalItem)]

@@ -16,6 +16,14 @@ from tests.pool import Pool
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long campaigns run when they are asked for: CLIPSCALE_SLOW=1 pytest -m slow."""
+    if os.environ.get("CLIPSCALE_SLOW") != "1":
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: set CLIPSCALE_SLOW=1"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real image-text shards."""

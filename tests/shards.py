@@ -11,6 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from clipscale.config.data import Storage
+from clipscale.data.io import ShardStore
+from clipscale.data.manifest import ShardFile
+
+STORE = ShardStore(Storage())
 WORDS = ("red", "green", "blue", "large", "small", "round", "square", "tall", "dark", "bright")
 
 
@@ -61,3 +66,8 @@ def write_shards(
         paths.append(write_shard(directory / f"{i:05d}.tar", content))
         number += count
     return paths
+
+
+def shard_files(paths: Sequence[Path]) -> list[ShardFile]:
+    """What the loader takes, one source."""
+    return [ShardFile(STORE, str(path)) for path in paths]

@@ -20,7 +20,7 @@ from clipscale.distributed.runtime import start
 from clipscale.errors import ConfigError
 from clipscale.evals import build_evaluators, damaged_shards
 from clipscale.telemetry.console import summary_table
-from clipscale.trainer.build import eval_context, place_data
+from clipscale.trainer.build import build_store, eval_context, place_data
 
 DEVICES = tuple(device.value for device in Device)
 
@@ -38,7 +38,7 @@ def evaluate(run: Path, overrides: Sequence[str], device: str, as_json: bool) ->
     model, _, tokenizer = load(path, str(runtime.device))
     context = eval_context(config, model, tokenizer, runtime.device)
     data = place_data(config.data, runtime)
-    evaluators = build_evaluators(data, config.model.vision.image_size, config.global_batch_size)
+    evaluators = build_evaluators(data, build_store(config), config.model.vision.image_size, config.global_batch_size)
     if not evaluators:
         raise ConfigError(
             "nothing to evaluate: set data.val.shards=… or data.zeroshot.shards=… data.zeroshot.classes=…"

@@ -104,6 +104,24 @@ class Data:
 
 
 @dataclass
+class Storage:
+    """How remote shards are reached; credentials come from the environment or the cloud's own chain alone."""
+
+    endpoint_url: str | None = free(None)
+    """Address of an S3 server that is not Amazon's, e.g. `http://minio:9000`."""
+    region: str | None = free(None)
+    """Region of the bucket."""
+    allow_http: bool = free(False)
+    """Let `endpoint_url` be reached without TLS."""
+    anonymous: bool = free(False)
+    """Send no credentials, for public buckets."""
+    retries: int = free(8)
+    """Tries in a row without progress after which a shard counts as unreachable and the run stops."""
+    timeout_s: float = free(30.0)
+    """Seconds after which an answer that has not ended is broken off and taken up again where it stood."""
+
+
+@dataclass
 class Tokenizer:
     """The tokenizer, from open_clip_torch."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from clipscale.config.data import Data, Tokenizer
+from clipscale.config.data import Data, Storage, Tokenizer
 from clipscale.config.fields import event, fixed, free, group
 from clipscale.config.model import Model
 from clipscale.config.optim import Ema, Loss, Optim, Precision, Schedule
@@ -38,6 +38,7 @@ class Config:
     """Pairs to train on, rounded up to whole batches; may be raised on resume."""
     model: Model = group(Model)
     data: Data = group(Data)
+    storage: Storage = group(Storage)
     tokenizer: Tokenizer = group(Tokenizer)
     loss: Loss = group(Loss)
     optim: Optim = group(Optim)

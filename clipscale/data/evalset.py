@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from clipscale.data.manifest import ShardFile, damages, shard_index
+from clipscale.data.manifest import ShardFile, damages
 from clipscale.data.samples import BadSample, Member, decode_image, eval_crop, find_image
 from clipscale.data.stream import read_samples
 
@@ -56,7 +56,7 @@ class EvalSet:
     ) -> None:
         self._files, self._image_keys, self.size = files, image_keys, size
         self._max_pixels, self._fields = max_pixels, fields
-        self._ends = np.cumsum([shard_index(file.path).samples for file in files])
+        self._ends = np.cumsum([file.index.samples for file in files])
 
     @property
     def damaged(self) -> dict[str, str]:
@@ -73,7 +73,7 @@ class EvalSet:
     def _raw(self, start: int, stop: int) -> chain[Member]:
         begins = np.concatenate([[0], self._ends[:-1]])
         return chain.from_iterable(
-            read_samples(file.path, max(start - begin, 0), min(stop, end) - begin)
+            read_samples(file, max(start - begin, 0), min(stop, end) - begin)
             for file, begin, end in zip(self._files, begins.tolist(), self._ends.tolist(), strict=True)
             if begin < stop and end > start
         )

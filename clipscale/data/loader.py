@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from clipscale.data.manifest import ShardFile
 from clipscale.data.order import KeyedRandom, SampleOrder, mix
 from clipscale.data.samples import (
     BadSample,
@@ -127,7 +127,7 @@ class _StreamReader(IterableDataset):
     """Partial batches of the streams that one worker owns: a contiguous, equal-as-possible share of the rank's."""
 
     order: SampleOrder
-    paths: Sequence[Path]
+    files: Sequence[ShardFile]
     streams: NDArray[np.int64]
     positions: NDArray[np.int64]
     per_stream: int
@@ -140,7 +140,7 @@ class _StreamReader(IterableDataset):
         number, workers = (info.id, info.num_workers) if info else (0, 1)
         streams = np.array_split(self.streams, workers)[number]
         positions = np.array_split(self.positions, workers)[number].copy()
-        readers = [read_stream(self.order, self.paths, int(v), int(p)) for v, p in zip(streams, positions, strict=True)]
+        readers = [read_stream(self.order, self.files, int(v), int(p)) for v, p in zip(streams, positions, strict=True)]
         while True:
             try:
                 batch = self._batch(streams, readers, positions)
@@ -208,7 +208,7 @@ class TrainLoader:
 
     Args:
         order: the global order.
-        paths: the shards, in the order's numbering.
+        files: the shards, in the order's numbering.
         positions: Int64[V], where every stream stands.
         rank, world: this rank and the number of ranks; ``world`` divides V.
         global_batch_size: B; V divides it.
@@ -218,7 +218,7 @@ class TrainLoader:
     def __init__(
         self,
         order: SampleOrder,
-        paths: Sequence[Path],
+        files: Sequence[ShardFile],
         positions: NDArray[np.int64],
         *,
         rank: int,
@@ -231,7 +231,7 @@ class TrainLoader:
     ) -> None:
         mine = np.array_split(np.arange(order.streams), world)[rank]
         reader = _StreamReader(
-            order, paths, mine, positions[mine], global_batch_size // order.streams, options, tokenizer
+            order, files, mine, positions[mine], global_batch_size // order.streams, options, tokenizer
         )
         self._parts = max(1, min(workers, len(mine)))
         self._pin_memory = pin_memory

@@ -2,40 +2,62 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 import os
 import re
 import zipfile
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import braceexpand
 import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
+from clipscale.data.io import PIPE, REMOTE, ShardStore, Version, resolve
 from clipscale.data.tar import TarError, members
 from clipscale.errors import DataError
 
+GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 # Members whose first path component looks like this carry a shard's metadata, not samples (WebDataset's rule).
 META = re.compile(r"__[^/]*__($|/)")
 
 
-class ShardFile(NamedTuple):
-    """A shard on disk: its path, and the source (entry of the list) it belongs to."""
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard: what opens it, where it lies, and the source (entry of the list) it belongs to."""
 
-    path: Path
-    source: int
+    store: ShardStore
+    location: str
+    source: int = 0
+
+    @property
+    def name(self) -> str:
+        """The last part of the location; the same wherever the data is moved."""
+        return self.location.rpartition("/")[2]
+
+    @property
+    def index(self) -> ShardIndex:
+        """Where its samples begin, from the cache or by walking it. Raises DataError when it cannot be read."""
+        return shard_index(self)
 
 
 class ShardIndex(NamedTuple):
-    """Where the samples of a shard begin: ``offsets`` int64 [samples + 1] in bytes, the last one being the end."""
+    """Where the samples of a shard begin: ``offsets`` int64 [samples + 1] in bytes, the last one being the end.
+
+    ``damage`` says what is wrong with the archive, if anything is; ``version`` is the one that this is the index of.
+    """
 
     offsets: NDArray[np.int64]
     damage: str
+    version: Version
 
     @property
     def samples(self) -> int:
@@ -51,23 +73,24 @@ def sample_key(member: str) -> tuple[str | None, str]:
     return key, (suffix or "").lower()
 
 
-def expand_shards(shards: str | Sequence[str], root: str | None, key: str) -> list[ShardFile]:
-    """Expand brace patterns and ``::`` into files; each entry of a list is a source of its own.
+def expand_shards(shards: str | Sequence[str], root: str | None, key: str, store: ShardStore) -> list[ShardFile]:
+    """Expand brace patterns and ``::`` into shards; each entry of a list is a source of its own.
 
-    Raises DataError, in one line naming ``key``, when the list is empty or a file does not exist.
+    Raises DataError, in one line naming ``key``, when the list is empty or a shard does not exist.
     """
     sources = [shards] if isinstance(shards, str) else list(shards)
     files: list[ShardFile] = []
     for number, source in enumerate(sources):
-        for pattern in source.split("::"):
+        for pattern in [source] if source.startswith(PIPE) else source.split("::"):
             try:
                 names = list(braceexpand.braceexpand(pattern))
             except ValueError:
                 raise DataError(f"{key}: unbalanced braces in {pattern!r}") from None
-            files += [ShardFile(Path(root or ".", name).expanduser(), number) for name in names if name]
+            files += [ShardFile(store, resolve(name, root), number) for name in names if name]
     if not files:
         raise DataError(f"{key}={shards!r} names no shard")
-    missing = [file.path for file in files if not file.path.is_file()]
+    local = [file.location for file in files if not file.location.startswith((*REMOTE, PIPE))]
+    missing = [location for location in local if not Path(location).is_file()]
     if missing:
         hint = "" if root else " (data.root is not set; relative names are looked up in the current directory)"
         raise DataError(
@@ -77,34 +100,37 @@ def expand_shards(shards: str | Sequence[str], root: str | None, key: str) -> li
     return files
 
 
-@lru_cache(maxsize=4096)
-def shard_index(path: Path) -> ShardIndex:
-    """The index of a local shard: read from the cache, or made by walking the tar's headers, bodies skipped.
-
-    What is no tar at all has no samples, and says so in ``damage``. Raises DataError when it cannot be read.
-    """
-    try:
-        return _cached_index(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+def index_all(files: Sequence[ShardFile]) -> list[ShardIndex]:
+    """The indexes of many shards; remote ones are read side by side."""
+    if not any(file.location.startswith(REMOTE) for file in files):
+        return [file.index for file in files]
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(shard_index, files))
 
 
 def damages(files: Sequence[ShardFile]) -> dict[str, str]:
     """What is wrong with the archives in which something is, by file name."""
-    found = {file.path.name: shard_index(file.path).damage for file in files}
-    return {name: damage for name, damage in found.items() if damage}
+    return {file.name: file.index.damage for file in files if file.index.damage}
 
 
-def _cached_index(path: Path) -> ShardIndex:
-    stat = path.stat()
-    identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+@lru_cache(maxsize=4096)
+def shard_index(file: ShardFile) -> ShardIndex:
+    """The index of a shard: read from the cache, or made by walking the tar's headers, bodies skipped.
+
+    What is no tar at all has no samples, and says so in ``damage``. Raises DataError when it cannot be read.
+    """
+    version = file.store.version(file.location)
+    if version.size is None:  # what a command prints may be something else the next time
+        return _walk(file, version)
+    place = file.location if file.location.startswith(REMOTE) else Path(file.location).resolve()
+    identity = f"{place}:{version.size}:{version.tag}"
     cached = cache_dir() / "index" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npz"
     try:
         with np.load(cached) as stored:
-            return ShardIndex(stored["offsets"], str(stored["damage"]))
+            return ShardIndex(stored["offsets"], str(stored["damage"]), version)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         pass
-    index = scan_shard(path)
+    index = _walk(file, version)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         scratch = cached.with_suffix(f".{os.getpid()}.tmp.npz")
@@ -115,32 +141,62 @@ def _cached_index(path: Path) -> ShardIndex:
     return index
 
 
-def scan_shard(path: Path) -> ShardIndex:
-    """Walk a tar's headers. Samples are runs of files with one key; a file cut short by the end is left out."""
-    size = path.stat().st_size
+def _walk(file: ShardFile, version: Version) -> ShardIndex:
+    try:
+        with file.store.open(file.location, version) as raw:
+            offsets, damage = scan_shard(raw)
+    except OSError as error:
+        raise DataError(f"{file.location} cannot be read: {error}") from None
+    return ShardIndex(offsets, damage, version)
+
+
+def scan_shard(raw: BinaryIO) -> tuple[NDArray[np.int64], str]:
+    """Walk a tar's headers: ``(offsets, damage)`` as in ShardIndex.
+
+    Samples are runs of files with one key; a file cut short by the end is left out.
+    """
     offsets: list[int] = []
-    damage, last_key, end = "", None, 0
-    with path.open("rb") as raw:
-        try:
-            for member in members(raw):
-                if member.data + member.size > size:
-                    damage = "cut short in the middle of a file"
-                    break
-                key, _ = sample_key(member.name) if member.is_file else (None, "")
-                if key is not None and key != last_key:
-                    offsets.append(member.start)
-                    last_key = key
-                end = member.end
-        except TarError as error:
-            damage = f"unreadable after {len(offsets)} samples: {error}"
+    damage, last_key, end, last = "", None, 0, 0
+    try:
+        size = _size(raw)
+        for member in members(raw):
+            if size is not None and member.data + member.size > size:
+                damage = "cut short in the middle of a file"
+                break
+            last = member.start
+            key, _ = sample_key(member.name) if member.is_file else (None, "")
+            if key is not None and key != last_key:
+                offsets.append(member.start)
+                last_key = key
+            end = member.end
         if not damage:
-            raw.seek(end)
-            rest = iter(lambda: raw.read(1 << 20), b"")
-            if (mark := next(rest, b"")) == b"":
-                damage = "has no end-of-archive mark"
-            elif any(block.strip(b"\0") for block in (mark, *rest)):
-                damage = "holds more after its end-of-archive mark, which is not read"
-    return ShardIndex(np.array([*offsets, end], dtype=np.int64), damage)
+            damage = _after(raw, end)
+    except TarError as error:
+        damage = f"unreadable after {len(offsets)} samples: {error}"
+    except GZIP_ERRORS as error:
+        end = last  # the error may lie in this file's bytes
+        offsets = [offset for offset in offsets if offset < end]
+        damage = f"unreadable after {len(offsets)} samples: {error}"
+    return np.array([*offsets, end], dtype=np.int64), damage
+
+
+def _size(raw: BinaryIO) -> int | None:
+    """Bytes of a file; None of a damaged gzip, whose end cannot be reached."""
+    try:
+        return raw.seek(0, io.SEEK_END)
+    except GZIP_ERRORS:
+        return None
+
+
+def _after(raw: BinaryIO, end: int) -> str:
+    """What is wrong with what follows the last member."""
+    raw.seek(end)
+    rest = iter(lambda: raw.read(1 << 20), b"")
+    if (mark := next(rest, b"")) == b"":
+        return "has no end-of-archive mark"
+    if any(block.strip(b"\0") for block in (mark, *rest)):
+        return "holds more after its end-of-archive mark, which is not read"
+    return ""
 
 
 def cache_dir() -> Path:

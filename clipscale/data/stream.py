@@ -4,38 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import BinaryIO
 
-from clipscale.data.manifest import sample_key, shard_index
+from clipscale.data.manifest import GZIP_ERRORS, ShardFile, sample_key
 from clipscale.data.order import SampleOrder, Window
 from clipscale.data.samples import Member
 from clipscale.data.tar import TarError, members
 from clipscale.errors import DataError
 
-READ_AHEAD = 1 << 16  # bytes, per stream
 
-
-def read_samples(path: Path, start: int, stop: int) -> Iterator[Member]:
+def read_samples(file: ShardFile, start: int, stop: int) -> Iterator[Member]:
     """Raw samples ``start <= index < stop`` of a shard, read from where the first one begins.
 
     Raises DataError when the shard holds other samples than its index says.
     """
-    offsets = shard_index(path).offsets
+    offsets, where = file.index.offsets, file.location
     if stop >= len(offsets):
-        raise DataError(f"{path} holds {len(offsets) - 1} samples, sample {stop - 1} was asked for: it changed")
+        raise DataError(f"{where} holds {len(offsets) - 1} samples, sample {stop - 1} was asked for: it changed")
+    begin, end = int(offsets[start]), int(offsets[stop])
     found = 0
     try:
-        with path.open("rb", buffering=READ_AHEAD) as raw:
-            for sample in _group(raw, int(offsets[start]), int(offsets[stop]), path.name):
+        with file.store.open(where, file.index.version, end) as raw:
+            for sample in _group(raw, begin, end, file.name):
                 found += 1
                 yield sample
+    except (TarError, *GZIP_ERRORS) as error:
+        raise DataError(f"{where} is not what its index says ({error}): it changed; start again") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except TarError as error:
-        raise DataError(f"{path} is not what its index says ({error}): it changed; start again") from None
+        raise DataError(f"{where} cannot be read: {error}") from None
     if found != stop - start:
-        raise DataError(f"{path} gave {found} samples, its index says {stop - start}: it changed; start again")
+        raise DataError(f"{where} gave {found} samples, its index says {stop - start}: it changed; start again")
 
 
 def _group(raw: BinaryIO, start: int, stop: int, shard: str) -> Iterator[Member]:
@@ -61,7 +59,9 @@ def _group(raw: BinaryIO, start: int, stop: int, shard: str) -> Iterator[Member]
         yield Member(f"{shard}/{current}", parts, problem)
 
 
-def read_stream(order: SampleOrder, paths: Sequence[Path], stream: int, position: int) -> Iterator[tuple[int, Member]]:
+def read_stream(
+    order: SampleOrder, files: Sequence[ShardFile], stream: int, position: int
+) -> Iterator[tuple[int, Member]]:
     """``(position, raw sample)`` of a stream for ever, from ``position`` on.
 
     One window is held in memory; the next one is read a sample at a time while this one is handed out, so that
@@ -70,7 +70,7 @@ def read_stream(order: SampleOrder, paths: Sequence[Path], stream: int, position
 
     def read(window: Window) -> Iterator[Member]:
         for piece in window.pieces:
-            yield from read_samples(paths[piece.shard], piece.start, piece.stop)
+            yield from read_samples(files[piece.shard], piece.start, piece.stop)
 
     window = order.window(stream, position)
     held: list[Member | None] = list(read(window))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from clipscale.config.data import Data
 from clipscale.data.evalset import BadItem, EvalSet
+from clipscale.data.io import ShardStore, resolve
 from clipscale.data.manifest import expand_shards
 from clipscale.data.samples import BadSample, Member, find_captions, find_field
 from clipscale.errors import DataError
@@ -20,7 +20,7 @@ from clipscale.evals.zeroshot import Classes, ZeroshotEvaluator
 PROBED = 16  # samples read before training, so that a wrong key is known then
 
 
-def build_evaluators(data: Data, image_size: int, loss_batch_size: int) -> list[Evaluator]:
+def build_evaluators(data: Data, store: ShardStore, image_size: int, loss_batch_size: int) -> list[Evaluator]:
     """Evaluators for ``data.val`` and ``data.zeroshot``; a set whose shards are null has none.
 
     Raises DataError for shards or class files that are not there, samples of which none can be used, and labels
@@ -29,12 +29,12 @@ def build_evaluators(data: Data, image_size: int, loss_batch_size: int) -> list[
     found: list[Evaluator] = []
     if data.val.shards:
         fields = (partial(find_captions, caption_key=data.caption_key), partial(_answers, data=data))
-        pairs = _eval_set(data, data.val.shards, "data.val.shards", image_size, fields)
+        pairs = _eval_set(data, store, data.val.shards, "data.val.shards", image_size, fields)
         found.append(RetrievalEvaluator(pairs, loss_batch_size))
     if data.zeroshot.shards:
-        classes = Classes.load(Path(data.root or ".", str(data.zeroshot.classes)).expanduser())
+        classes = Classes.load(store, resolve(str(data.zeroshot.classes), data.root))
         label = (partial(_label, key=data.zeroshot.label_key),)
-        images = _eval_set(data, data.zeroshot.shards, "data.zeroshot.shards", image_size, label)
+        images = _eval_set(data, store, data.zeroshot.shards, "data.zeroshot.shards", image_size, label)
         classes.check([item.fields[0] for item in images.read(0, PROBED) if not isinstance(item, BadItem)])
         found.append(ZeroshotEvaluator(images, classes))
     return found
@@ -45,8 +45,10 @@ def damaged_shards(evaluators: Sequence[Evaluator]) -> dict[str, str]:
     return {name: damage for evaluator in evaluators for name, damage in evaluator.data.damaged.items()}
 
 
-def _eval_set(data: Data, shards: Any, key: str, size: int, fields: tuple[Callable[[Member], Any], ...]) -> EvalSet:
-    files = expand_shards(shards, data.root, key)
+def _eval_set(
+    data: Data, store: ShardStore, shards: Any, key: str, size: int, fields: tuple[Callable[[Member], Any], ...]
+) -> EvalSet:
+    files = expand_shards(shards, data.root, key, store)
     evalset = EvalSet(files, data.image_keys, size, data.max_pixels, fields)
     if not len(evalset):
         raise DataError(f"{key}={shards} holds no samples; null turns this evaluation off")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from clipscale.data.evalset import EvalSet
+from clipscale.data.io import ShardStore
 from clipscale.errors import DataError
 from clipscale.evals.protocol import EvalContext
 from clipscale.evals.ranking import hits
@@ -27,18 +27,17 @@ class Classes:
     baselines: dict[str, float]
 
     @staticmethod
-    def load(path: Path) -> Classes:
+    def load(store: ShardStore, path: str) -> Classes:
         """Read a JSON file with ``classnames`` and ``templates``; raises DataError when it is not one."""
         try:
-            content: Any = json.loads(path.read_text())
+            with store.open(path) as file:
+                content: Any = json.loads(file.read())
             names = [str(name) for name in content["classnames"]]
             templates = [str(template) for template in content["templates"]]
             usable = all("{}" in template and template.format("name") for template in templates)
             baselines = {str(name): float(score) for name, score in content.get("baselines", {}).items()}
-        except OSError as error:
-            raise DataError(
-                f"data.zeroshot.classes={path} cannot be read: {error.strerror}; set it, or data.zeroshot.shards=null"
-            ) from None
+        except (DataError, OSError) as error:
+            raise DataError(f"data.zeroshot.classes: {error}; set it, or data.zeroshot.shards=null") from None
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise DataError(
                 f"data.zeroshot.classes={path} needs a list classnames, and a list templates with one {{}} each "

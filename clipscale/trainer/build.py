@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from clipscale.config import Config
 from clipscale.config.data import Builtin, Data
+from clipscale.data.io import ShardStore
 from clipscale.data.loader import SampleOptions, TrainLoader
-from clipscale.data.manifest import ShardFile, cache_dir, damages, expand_shards, shard_index
+from clipscale.data.manifest import ShardFile, cache_dir, damages, expand_shards, index_all
 from clipscale.data.order import SampleOrder, Shard
 from clipscale.data.samples import ImageOptions
 from clipscale.data.shapes import ShapesSpec, ensure_shapes, train_shards
@@ -67,25 +68,31 @@ def _render(spec: ShapesSpec) -> Path:
         ) from None
 
 
-def build_train_data(config: Config, data: Data, runtime: Runtime) -> TrainData:
+def build_store(config: Config) -> ShardStore:
+    """What opens the shards; what its streams read ahead together stays within half a gigabyte a rank."""
+    streams = config.data.streams or 1
+    return ShardStore(config.storage, burst=int(np.clip(2**29 // streams, 2**20, 2**25)))
+
+
+def build_train_data(config: Config, data: Data, store: ShardStore, runtime: Runtime) -> TrainData:
     """Count the shards (by their cached indexes) and build the sample order.
 
     Chooses ``data.window`` if it is null, and records it in ``config``. Raises DataError or ConfigError for shards that
     are absent, empty or unreadable, and for weights that do not match the sources.
     """
-    files = expand_shards(data.train.shards, data.root, "data.train.shards")
-    counts = once_per_node(runtime, lambda: [shard_index(file.path).samples for file in files])
-    samples = sum(counts)
+    files = expand_shards(data.train.shards, data.root, "data.train.shards", store)
+    indexes = once_per_node(runtime, lambda: index_all(files))
+    samples = sum(index.samples for index in indexes)
     if not samples:
         why = "".join(f"\n  {name} {damage}" for name, damage in islice(damages(files).items(), 5))
         raise DataError(f"data.train.shards={data.train.shards}: the {len(files)} shards hold no sample{why}")
     streams = config.data.streams
     assert streams is not None, "open_run records the number of streams"
     if config.data.window is None:
-        mean_bytes = sum(file.path.stat().st_size for file in files) / samples
+        mean_bytes = sum(int(index.offsets[-1]) for index in indexes) / samples
         config.data.window = int(np.clip(WINDOW_BYTES / (streams * mean_bytes), *WINDOW_RANGE))
     try:
-        shards = [Shard(file.path.name, count, file.source) for file, count in zip(files, counts, strict=True)]
+        shards = [Shard(file.name, index.samples, file.source) for file, index in zip(files, indexes, strict=True)]
         order = SampleOrder(shards, data.train.weights, config.seed, streams, config.data.window)
     except ValueError as error:
         raise ConfigError(f"data.train.shards, data.train.weights: {error}") from None
@@ -105,7 +112,7 @@ def build_loader(
     )
     return TrainLoader(
         train.order,
-        [file.path for file in train.files],
+        train.files,
         positions,
         rank=runtime.rank,
         world=runtime.world,

@@ -34,7 +34,7 @@ from clipscale.models import build_model
 from clipscale.optim import Ema, build_optimizer, configure, learning_rate
 from clipscale.parallel import build_scaler, parallelize
 from clipscale.telemetry import Meters, Sinks, evaluated_at, last_values
-from clipscale.trainer.build import build_loader, build_train_data, eval_context, place_data, run_path
+from clipscale.trainer.build import build_loader, build_store, build_train_data, eval_context, place_data, run_path
 from clipscale.trainer.step import TrainStep
 
 TRUNCATED_WARNING = 0.01
@@ -49,7 +49,8 @@ class Trainer:
         self.config, self.runtime = config, runtime
         self.path = run_path(config)
         self.data = place_data(config.data, runtime)
-        self.train = build_train_data(config, self.data, runtime)
+        self.store = build_store(config)
+        self.train = build_train_data(config, self.data, self.store, runtime)
         self.tokenizer = build_tokenizer(config.tokenizer, config.model)
         model = build_model(
             config.model,
@@ -64,7 +65,7 @@ class Trainer:
         scaler = build_scaler(config.precision.name, runtime.device)
         self.step = TrainStep(config, runtime, laid_out.module, self.model, optimizer, scaler, self.ema)
         image_size = config.model.vision.image_size
-        self.evaluators = build_evaluators(self.data, image_size, config.global_batch_size)
+        self.evaluators = build_evaluators(self.data, self.store, image_size, config.global_batch_size)
         self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
         self.saved = Saved(positions=[0] * self.train.order.streams, fingerprint=self.train.order.fingerprint)
         self.bad: Counter[str] = Counter()

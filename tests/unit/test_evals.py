@@ -18,6 +18,7 @@ from clipscale.evals import RetrievalEvaluator
 from clipscale.evals.build import _label
 from clipscale.evals.ranking import chance, hit_probability, hits
 from clipscale.evals.zeroshot import Classes
+from tests.shards import STORE
 
 
 def by_counting(k: int, better: int, tied: int, right: int) -> float:
@@ -72,7 +73,7 @@ def test_wrong_class_files_are_one_line(tmp_path: Path, content: str | None, mes
     if content is not None:
         path.write_text(content)
     with pytest.raises(DataError, match=message):
-        Classes.load(path)
+        Classes.load(STORE, str(path))
 
 
 def test_several_right_captions_per_image() -> None:

@@ -11,21 +11,21 @@ import torch
 
 from clipscale.data import loader
 from clipscale.data.loader import Batch, SampleOptions, TrainLoader
-from clipscale.data.manifest import expand_shards, scan_shard, shard_index
+from clipscale.data.manifest import ShardFile, ShardIndex, expand_shards, shard_index
 from clipscale.data.order import SampleOrder
 from clipscale.data.samples import ImageOptions
 from clipscale.data.stream import read_samples, read_stream
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.errors import DataError
-from tests.shards import sample, write_shard, write_shards
+from tests.shards import STORE, sample, shard_files, write_shard, write_shards
 
 BATCH, STREAMS = 24, 12
 BAD = {3: {"jpg": b"broken", "txt": b"x"}, 17: {"txt": b"no image"}, 40: {"jpg": sample(40)["jpg"]}}
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_shards(tmp_path_factory.mktemp("shards"), [20, 7, 31, 1], BAD)
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[ShardFile]:
+    return shard_files(write_shards(tmp_path_factory.mktemp("shards"), [20, 7, 31, 1], BAD))
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +33,28 @@ def tokenizer() -> Tokenizer:
     return Tokenizer("clip", 16)
 
 
-def make_order(paths: list[Path], window: int = 6) -> SampleOrder:
-    return SampleOrder([(path.name, shard_index(path).samples) for path in paths], None, 5, STREAMS, window)
+def make_order(files: list[ShardFile], window: int = 6) -> SampleOrder:
+    return SampleOrder([(file.name, file.index.samples) for file in files], None, 5, STREAMS, window)
+
+
+def index(path: Path) -> ShardIndex:
+    """Read anew: within a process, an index is kept for good."""
+    shard_index.cache_clear()
+    return ShardFile(STORE, str(path)).index
 
 
 def batches(
-    paths: list[Path], tokenizer: Tokenizer, *, world: int = 1, workers: int = 0, count: int = 8,
+    files: list[ShardFile], tokenizer: Tokenizer, *, world: int = 1, workers: int = 0, count: int = 8,
     positions: np.ndarray | None = None,
 ) -> list[Batch]:  # fmt: skip
     """The global batches that ``world`` ranks make together."""
-    order = make_order(paths)
+    order = make_order(files)
     start = np.zeros(STREAMS, np.int64) if positions is None else positions
     options = SampleOptions(("jpg",), "txt", ImageOptions(16, (0.5, 1.0), (0.75, 4 / 3), 10**6), 5)
     ranks = [
         islice(
             TrainLoader(
-                order, paths, start, rank=rank, world=world, global_batch_size=BATCH, options=options,
+                order, files, start, rank=rank, world=world, global_batch_size=BATCH, options=options,
                 tokenizer=tokenizer, workers=workers, pin_memory=False,
             ),
             count,
@@ -68,29 +74,31 @@ def assert_same(one: list[Batch], other: list[Batch]) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 6, 12])
-def test_any_world_size_makes_the_same_batches(paths: list[Path], tokenizer: Tokenizer, world: int) -> None:
-    assert_same(batches(paths, tokenizer), batches(paths, tokenizer, world=world))
+def test_any_world_size_makes_the_same_batches(files: list[ShardFile], tokenizer: Tokenizer, world: int) -> None:
+    assert_same(batches(files, tokenizer), batches(files, tokenizer, world=world))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_any_number_of_workers_makes_the_same_batches(paths: list[Path], tokenizer: Tokenizer, workers: int) -> None:
-    assert_same(batches(paths, tokenizer), batches(paths, tokenizer, workers=workers))
+def test_any_number_of_workers_makes_the_same_batches(
+    files: list[ShardFile], tokenizer: Tokenizer, workers: int
+) -> None:
+    assert_same(batches(files, tokenizer), batches(files, tokenizer, workers=workers))
 
 
-def test_more_workers_than_streams(paths: list[Path], tokenizer: Tokenizer) -> None:
-    assert_same(batches(paths, tokenizer, count=2), batches(paths, tokenizer, world=6, workers=3, count=2))
+def test_more_workers_than_streams(files: list[ShardFile], tokenizer: Tokenizer) -> None:
+    assert_same(batches(files, tokenizer, count=2), batches(files, tokenizer, world=6, workers=3, count=2))
 
 
 @pytest.mark.parametrize("stop", [1, 3, 7])
-def test_resuming_goes_on_with_the_same_batches(paths: list[Path], tokenizer: Tokenizer, stop: int) -> None:
-    whole = batches(paths, tokenizer, count=12)
+def test_resuming_goes_on_with_the_same_batches(files: list[ShardFile], tokenizer: Tokenizer, stop: int) -> None:
+    whole = batches(files, tokenizer, count=12)
     cursor = whole[stop - 1].positions.numpy()
-    assert_same(whole[stop:], batches(paths, tokenizer, count=12 - stop, positions=cursor, world=2))
+    assert_same(whole[stop:], batches(files, tokenizer, count=12 - stop, positions=cursor, world=2))
 
 
-def test_batches_follow_the_order_and_count_the_bad(paths: list[Path], tokenizer: Tokenizer) -> None:
-    order = make_order(paths)
-    made = batches(paths, tokenizer, count=10)
+def test_batches_follow_the_order_and_count_the_bad(files: list[ShardFile], tokenizer: Tokenizer) -> None:
+    order = make_order(files)
+    made = batches(files, tokenizer, count=10)
     expected, cursor = [], [0] * STREAMS
     for _ in made:
         for v in range(STREAMS):
@@ -114,88 +122,85 @@ def test_batches_follow_the_order_and_count_the_bad(paths: list[Path], tokenizer
 
 def test_a_long_bad_stretch_is_not_fatal(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "HOPELESS", 50)
-    paths = write_shards(tmp_path, [40, 400, 40], {n: {"txt": b"a"} for n in range(40, 440)})
-    order = SampleOrder([(path.name, shard_index(path).samples) for path in paths], None, 3, 1, 4)
+    files = shard_files(write_shards(tmp_path, [40, 400, 40], {n: {"txt": b"a"} for n in range(40, 440)}))
+    order = SampleOrder([(file.name, file.index.samples) for file in files], None, 3, 1, 4)
     first = next(n for n in range(60) if order.locate(0, n).shard != 1)
     assert first < 50, "this seed begins with usable samples"
     options = SampleOptions(("jpg",), "txt", ImageOptions(16, (0.5, 1.0), (0.75, 4 / 3), 10**6), 5)
     made = TrainLoader(
-        order, paths, np.zeros(1, np.int64), rank=0, world=1, global_batch_size=8, options=options,
+        order, files, np.zeros(1, np.int64), rank=0, world=1, global_batch_size=8, options=options,
         tokenizer=tokenizer, workers=0, pin_memory=False,
     )  # fmt: skip
     assert sum(len(batch.bad) for batch in islice(made, 12)) >= 400
 
 
 def test_hopeless_data_ends_with_the_reason(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    paths = write_shards(tmp_path, [30], {n: {"txt": b"a"} for n in range(30)})
+    files = shard_files(write_shards(tmp_path, [30], {n: {"txt": b"a"} for n in range(30)}))
     with pytest.raises(DataError, match=r"\d{5} x no_image; check data.image_keys"):
-        batches(paths, tokenizer, count=1)
+        batches(files, tokenizer, count=1)
 
 
-def test_read_samples_from_anywhere(paths: list[Path]) -> None:
-    everything = [s.key for s in read_samples(paths[2], 0, 31)]
+def test_read_samples_from_anywhere(files: list[ShardFile]) -> None:
+    everything = [s.key for s in read_samples(files[2], 0, 31)]
     assert everything == [f"00002.tar/{n:06d}" for n in range(27, 58)]
-    assert [s.key for s in read_samples(paths[2], 11, 14)] == everything[11:14]
+    assert [s.key for s in read_samples(files[2], 11, 14)] == everything[11:14]
     with pytest.raises(DataError, match="holds 31 samples"):
-        list(read_samples(paths[2], 30, 32))
+        list(read_samples(files[2], 30, 32))
 
 
-def test_streams_read_from_any_position(paths: list[Path]) -> None:
-    order = make_order(paths)
-    whole = [(p, s.key) for p, s in islice(read_stream(order, paths, 4, 0), 30)]
+def test_streams_read_from_any_position(files: list[ShardFile]) -> None:
+    order = make_order(files)
+    whole = [(p, s.key) for p, s in islice(read_stream(order, files, 4, 0), 30)]
     for start in (1, 2, 5, 6, 13):
-        assert [(p, s.key) for p, s in islice(read_stream(order, paths, 4, start), 30 - start)] == whole[start:]
+        assert [(p, s.key) for p, s in islice(read_stream(order, files, 4, start), 30 - start)] == whole[start:]
 
 
 def test_a_cut_shard_keeps_its_whole_samples_and_says_so(tmp_path: Path) -> None:
     path = write_shards(tmp_path, [10])[0]
-    whole = scan_shard(path)
+    whole = index(path)
     assert (whole.samples, whole.damage) == (10, "")
     data = path.read_bytes()
     path.write_bytes(data[: int(whole.offsets[7]) + 600])
-    cut = scan_shard(path)
+    cut = index(path)
     assert "cut short" in cut.damage
-    assert [s.key for s in read_samples(path, 0, 7)] == [f"00000.tar/{n:06d}" for n in range(7)]
+    assert [s.key for s in read_samples(ShardFile(STORE, str(path)), 0, 7)] == [f"00000.tar/{n:06d}" for n in range(7)]
 
 
 def test_what_follows_the_end_mark_is_told(tmp_path: Path) -> None:
     one = write_shards(tmp_path, [10])[0]
     data = one.read_bytes()
     one.write_bytes(data + data)
-    glued = scan_shard(one)
+    glued = index(one)
     assert glued.samples == 10 and "more after its end-of-archive mark" in glued.damage
-    index = scan_shard(one)
-    start = int(index.offsets[3])
+    start = int(glued.offsets[3])
     one.write_bytes(data[:start] + bytes(512) + data[start + 512 :])
-    assert scan_shard(one).samples == 3 and "more after" in scan_shard(one).damage
+    assert index(one).samples == 3 and "more after" in index(one).damage
 
 
 def test_what_is_no_tar_has_no_samples(tmp_path: Path) -> None:
     page = tmp_path / "a.tar"
     page.write_bytes(b"<html>" + b"not found " * 200)
-    assert scan_shard(page).samples == 0 and "not a tar header" in scan_shard(page).damage
+    assert index(page).samples == 0 and "not a tar header" in index(page).damage
     page.write_bytes(b"")
-    assert scan_shard(page).samples == 0 and "no end-of-archive mark" in scan_shard(page).damage
+    assert index(page).samples == 0 and "no end-of-archive mark" in index(page).damage
 
 
 def test_a_damaged_index_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = write_shards(tmp_path, [10])[0]
-    assert shard_index(path).samples == 10
+    assert index(path).samples == 10
     (cached,) = (tmp_path / "cache").rglob("*.npz")
     cached.write_bytes(cached.read_bytes()[:300])
-    shard_index.cache_clear()
-    assert shard_index(path).samples == 10
+    assert index(path).samples == 10
     path.unlink()
-    shard_index.cache_clear()
     with pytest.raises(DataError, match="cannot be read: No such file"):
-        shard_index(path)
+        index(path)
 
 
 def test_duplicate_members_are_a_bad_sample(tmp_path: Path) -> None:
     members = sample(1)
     path = write_shard(tmp_path / "a.tar", [("x", members), ("y", members), ("y", {"txt": b"again"})])
-    assert [s.problem for s in read_samples(path, 0, 2)] == ["", "duplicate_member"]
+    assert [s.problem for s in read_samples(ShardFile(STORE, str(path)), 0, 2)] == ["", "duplicate_member"]
 
 
 @pytest.mark.parametrize(
@@ -208,12 +213,12 @@ def test_duplicate_members_are_a_bad_sample(tmp_path: Path) -> None:
 )
 def test_wrong_shards_are_one_line(shards: str, message: str) -> None:
     with pytest.raises(DataError, match=message.replace("(", r"\(")):
-        expand_shards(shards, None, "data.train.shards")
+        expand_shards(shards, None, "data.train.shards", STORE)
 
 
 def test_sources(tmp_path: Path) -> None:
     write_shards(tmp_path, [1, 1, 1])
-    one = expand_shards("{00000..00001}.tar::00002.tar", str(tmp_path), "k")
-    assert [(f.path.name, f.source) for f in one] == [("00000.tar", 0), ("00001.tar", 0), ("00002.tar", 0)]
-    two = expand_shards(["{00000..00001}.tar", "00002.tar"], str(tmp_path), "k")
+    one = expand_shards("{00000..00001}.tar::00002.tar", str(tmp_path), "k", STORE)
+    assert [(f.name, f.source) for f in one] == [("00000.tar", 0), ("00001.tar", 0), ("00002.tar", 0)]
+    two = expand_shards(["{00000..00001}.tar", "00002.tar"], str(tmp_path), "k", STORE)
     assert [f.source for f in two] == [0, 0, 1]
