@@ -5,10 +5,13 @@ from __future__ import annotations
 import gzip
 import pickle
 import random
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import obstore
 import pytest
+from obstore.store import S3Store
 
 from clipscale.config.data import Storage
 from clipscale.data import io as shard_io
@@ -185,3 +188,30 @@ def test_names_and_roots() -> None:
     assert resolve("https://host/a.tar", "/data") == "https://host/a.tar"
     files = expand_shards("{0..2}.tar", "s3://bucket/pairs", "k", STORE)
     assert [(file.location, file.name) for file in files][2] == ("s3://bucket/pairs/2.tar", "2.tar")
+
+
+@pytest.fixture(scope="module")
+def bucket(shard: Path) -> Iterator[str]:
+    """The address of an S3 server whose bucket ``pairs`` holds the shard."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    urllib.request.urlopen(urllib.request.Request(f"{address}/pairs", b"", method="PUT")).read()
+    client = {"allow_http": True}
+    place = S3Store("pairs", endpoint=address, region="us-east-1", skip_signature=True, client_options=client)
+    obstore.put(place, f"set/{shard.name}", shard.read_bytes())
+    yield address
+    server.stop()
+
+
+def test_an_s3_server(bucket: str, shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a secret")
+    settings = Storage(endpoint_url=bucket, region="us-east-1", allow_http=True, retries=2, timeout_s=5.0)
+    url = f"s3://pairs/set/{shard.name}"
+    assert keys(url, ShardStore(settings)) == expected()
+    assert keys(url, ShardStore(settings), 30, 40) == expected(30, 40)
+    with pytest.raises(DataError, match=r"s3://pairs/set/none\.tar does not exist"):
+        keys("s3://pairs/set/none.tar", ShardStore(settings))
