@@ -30,6 +30,12 @@ class DataError(ClipscaleError):
     """Data that is not there, or is not what the configuration says."""
 
 
+class DataBudgetError(ClipscaleError):
+    """More samples than the budget allows could not be used."""
+
+    exit_code = ExitCode.DATA_BUDGET
+
+
 class BusyError(ClipscaleError):
     """A run that another process is training."""
 

@@ -91,6 +91,9 @@ class Data:
     """Aspect-ratio range of the random resized crop."""
     max_pixels: int = fixed(100_000_000)
     """Images with more pixels are refused before they are decoded, and counted."""
+    max_bad_fraction: float | None = free(0.1)
+    """Share of samples that may be unusable; more, after 2,000 samples or at the end, stop the run with exit code 4.
+    null is no limit."""
     workers: int = free(2)
     """Loader processes per rank; 0 decodes in the training process."""
     streams: int | None = fixed(None)

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,15 @@ from clipscale.config.model import model_summary
 from clipscale.config.resume import value_of
 from clipscale.config.rundir import count_events, log_event, write_result
 from clipscale.config.schema import Config as Schema
+from clipscale.data.accounting import BadSamples, over_budget
+from clipscale.data.io import PIPE
 from clipscale.data.loader import Batch
 from clipscale.data.manifest import damages
 from clipscale.data.tokenizer import build_tokenizer
 from clipscale.distributed.collectives import gather, total, world_size
 from clipscale.distributed.faults import StopRequest
 from clipscale.distributed.runtime import Runtime
-from clipscale.errors import ConfigError, DivergedError, ExitCode
+from clipscale.errors import ConfigError, DataBudgetError, DivergedError, ExitCode
 from clipscale.evals import build_evaluators, damaged_shards
 from clipscale.models import build_model
 from clipscale.optim import Ema, build_optimizer, configure, learning_rate
@@ -38,6 +41,7 @@ from clipscale.trainer.build import build_loader, build_store, build_train_data,
 from clipscale.trainer.step import TrainStep
 
 TRUNCATED_WARNING = 0.01
+WORST = 5  # shards that are named when samples are bad
 
 log = logging.getLogger("clipscale")
 
@@ -68,7 +72,7 @@ class Trainer:
         self.evaluators = build_evaluators(self.data, self.store, image_size, config.global_batch_size)
         self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
         self.saved = Saved(positions=[0] * self.train.order.streams, fingerprint=self.train.order.fingerprint)
-        self.bad: Counter[str] = Counter()
+        self.bad = BadSamples()  # on this rank since this start
         self.counts = torch.zeros(2, dtype=torch.int64)  # bad samples and cut captions on this rank since the last save
         self.evaluated_at = 0  # samples seen at the last evaluation
         self.checkpointed_at = -1
@@ -145,8 +149,8 @@ class Trainer:
         self.positions = batch.positions
         self.meters.stepped(config.global_batch_size, self.loss)
         self.counts += torch.tensor([len(batch.bad), batch.truncated])
+        self.bad.add(batch.bad)
         for reason, key in batch.bad:
-            self.bad[reason] += 1
             log.warning("bad sample %s: %s", key, reason)
         if config.data.trace:
             self._trace(batch)
@@ -175,6 +179,7 @@ class Trainer:
         self._emit(values)
         self._warn(bad, truncated)
         self.meters.restart()
+        self._judge(bad)
         self._refuse_nonsense(values["train/loss"], values["train/grad_norm"])
 
     def _refuse_nonsense(self, loss: float, grad_norm: float) -> None:
@@ -208,10 +213,16 @@ class Trainer:
         say, seen = self.sinks.console.say, self.saved.samples_seen
         if bad > self.warned.get("bad", 0):
             self.warned["bad"] = bad
-            reasons = self._bad_reasons()
+            found = self._bad_everywhere()
             if self.runtime.is_main:
-                log_event(self.path, "bad_samples", samples_seen=seen, total=bad, reasons=reasons)
-                say(f"warning: {bad} bad samples passed over so far ({_join(reasons)}); keys in {self.path}/logs")
+                log_event(
+                    self.path, "bad_samples", samples_seen=seen, total=bad, reasons=found.by_reason(),
+                    shards=dict(islice(found.by_shard().items(), WORST)),
+                )  # fmt: skip
+                say(
+                    f"warning: {bad} bad samples passed over so far ({_join(found.by_reason())}); keys in "
+                    f"{self.path}/logs"
+                )
         if truncated > TRUNCATED_WARNING * seen and "truncated" not in self.warned:
             self.warned["truncated"] = truncated
             if self.runtime.is_main:
@@ -221,12 +232,23 @@ class Trainer:
                     "tokens and were cut; raise model.context_length"
                 )
 
-    def _bad_reasons(self) -> dict[str, int]:
-        everyone: list[Any] = [self.bad]
+    def _judge(self, bad: int) -> None:
+        seen, limit = self.saved.samples_seen, self.config.data.max_bad_fraction
+        if over_budget(bad, seen, limit, self._is_over):
+            found = self._bad_everywhere()
+            raise DataBudgetError(
+                f"{bad:,} of {bad + seen:,} samples could not be used, more than data.max_bad_fraction={limit}; since "
+                f"the last start: {_join(found.by_reason())}; worst shards: {_join(found.by_shard(), most=WORST)}; keys in "
+                f"{self.path}/logs. Mend the data or raise the limit: the same command goes on from the last checkpoint"
+            )
+
+    def _bad_everywhere(self) -> BadSamples:
+        """Of all ranks, since this start."""
+        everyone: list[Any] = [self.bad.counts]
         if world_size() > 1:
             everyone = [None] * world_size()
-            dist.all_gather_object(everyone, self.bad)
-        return dict(sum(everyone, Counter()).most_common())
+            dist.all_gather_object(everyone, self.bad.counts)
+        return BadSamples(sum(everyone, Counter()))
 
     # ---- evaluate, save, finish -------------------------------------------------------------------------------
 
@@ -263,7 +285,7 @@ class Trainer:
         self.meters.restart()
 
     def _finish(self, code: ExitCode) -> ExitCode:
-        bad = self._bad_reasons()
+        bad = self._bad_everywhere().by_reason()
         if not self.runtime.is_main:
             return code
         say, done = self.sinks.console.say, code is ExitCode.DONE
@@ -371,6 +393,8 @@ class Trainer:
             f"  data {self.train.samples:,} samples in {len(order.shards)} shards; {order.streams} streams, "
             f"windows of {order.window_size}"
         )
+        if any(file.location.startswith(PIPE) for file in self.train.files):
+            say("warning: pipe: shards are read from their beginning for each part of them; other locations are faster")
         for name, damage in (damages(self.train.files) | damaged_shards(self.evaluators)).items():
             say(f"warning: shard {name} {damage}")
             if self.runtime.is_main:
@@ -378,5 +402,5 @@ class Trainer:
         return sinks
 
 
-def _join(reasons: dict[str, int]) -> str:
-    return ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
+def _join(counts: dict[str, int], most: int | None = None) -> str:
+    return ", ".join(f"{count} x {what}" for what, count in islice(counts.items(), most))

@@ -237,6 +237,18 @@ def test_asked_to_stop_it_saves_and_goes_on(
     assert_equal_runs(path, undisturbed[0], 1e-4)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_too_many_bad_samples_stop_the_run(recipe: list[str], world: int) -> None:
+    name = f"budget-{world}"
+    short = [*recipe, f"name={name}", f"cluster.processes_per_node={world}", "total_samples=320"]
+    output = run(*short, "data.max_bad_fraction=0.001", expect=4)
+    path = Path(recipe[0].removeprefix("runs_dir=")) / name
+    assert "more than data.max_bad_fraction=0.001" in output and "worst shards: " in output
+    result = json.loads((path / "result.json").read_text())
+    assert (result["status"], result["exit_code"]) == ("failed", 4)
+    assert "done: " in run(*short, "data.max_bad_fraction=null"), "the same run goes on under another limit"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

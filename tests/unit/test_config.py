@@ -121,6 +121,7 @@ def test_all_cross_field_mistakes_come_at_once() -> None:
         (["data.zeroshot.classes=null"], 1, "data.zeroshot.classes"),
         (["model.text.heads=3"], 1, "model.text.heads"),
         (["data.workers=-1"], 1, "data.workers"),
+        (["data.max_bad_fraction=1.5"], 1, "data.max_bad_fraction=1.5 must lie"),
         (["model.mean=[0.5]"], 1, "three numbers each"),
         (["model.std=[0,0,0]"], 1, "std above 0"),
         (["model.embed_dim=0"], 1, "model.embed_dim=0 must be above 0"),
