@@ -236,9 +236,10 @@ class Trainer:
         seen, limit = self.saved.samples_seen, self.config.data.max_bad_fraction
         if over_budget(bad, seen, limit, self._is_over):
             found = self._bad_everywhere()
+            worst = _join(found.by_shard(), most=WORST)
             raise DataBudgetError(
                 f"{bad:,} of {bad + seen:,} samples could not be used, more than data.max_bad_fraction={limit}; since "
-                f"the last start: {_join(found.by_reason())}; worst shards: {_join(found.by_shard(), most=WORST)}; keys in "
+                f"the last start: {_join(found.by_reason())}; worst shards: {worst}; keys in "
                 f"{self.path}/logs. Mend the data or raise the limit: the same command goes on from the last checkpoint"
             )
 
