@@ -64,9 +64,8 @@ def train(config: Config, path: Path, store: Any = None) -> ExitCode:
     if runtime.is_main:
         (path / "result.json").unlink(missing_ok=True)
         (path / "environment.json").write_text(json.dumps(_environment(runtime.world), indent=2) + "\n")
-    from clipscale.trainer.trainer import (
-        Trainer,
-    )  # slow to import; a wrong configuration has been refused by now
+    # Slow to import; a wrong configuration has been refused by now.
+    from clipscale.trainer.trainer import Trainer
 
     code = Trainer(config, runtime).fit()
     distributed.stop()  # only here: after a failure the peers are gone or stuck, and it would wait for them

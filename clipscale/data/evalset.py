@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from clipscale.data.manifest import ShardFile, damages
+from clipscale.data.manifest import ShardFile, damages, index_all
 from clipscale.data.samples import BadSample, Member, decode_image, eval_crop, find_image
 from clipscale.data.stream import read_samples
 
@@ -56,12 +56,9 @@ class EvalSet:
     ) -> None:
         self._files, self._image_keys, self.size = files, image_keys, size
         self._max_pixels, self._fields = max_pixels, fields
-        self._ends = np.cumsum([file.index.samples for file in files])
-
-    @property
-    def damaged(self) -> dict[str, str]:
-        """What is wrong with the archives in which something is, by file name."""
-        return damages(self._files)
+        indexes = index_all(files)
+        self._ends = np.cumsum([index.samples for index in indexes])
+        self.damaged = damages(files, indexes)  # what is wrong with an archive, by file name
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -12,6 +12,7 @@ import io
 import os
 import subprocess
 import time
+import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -34,6 +35,8 @@ from clipscale.errors import DataError
 
 REMOTE = ("http://", "https://", "s3://", "gs://", "az://")
 PIPE = "pipe:"
+ELSEWHERE = (*REMOTE, PIPE)  # how a location begins that is no path
+GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)  # of reading a gzipped shard that is damaged
 FIRST_BURST = 1 << 14  # bytes asked for after a jump; four times as many each time while reading goes on
 CHUNK = 1 << 16  # bytes in which an answer is taken in, so that little is lost when it breaks off
 PROGRESS = 1 << 16  # bytes without which a try counts as failed
@@ -44,7 +47,7 @@ T = TypeVar("T")
 
 def resolve(name: str, root: str | None) -> str:
     """The location of a name: as it is, or below ``root``, a directory or a remote prefix."""
-    if name.startswith((*REMOTE, PIPE)):
+    if name.startswith(ELSEWHERE):
         return name
     if root is not None and root.startswith(REMOTE):
         return f"{root.rstrip('/')}/{name}"
@@ -80,7 +83,7 @@ class ShardStore:
             stat = Path(location).stat()
         except OSError as error:
             raise DataError(f"{location} cannot be read: {error.strerror}") from None
-        return Version(stat.st_size, str(stat.st_mtime_ns))
+        return _local_version(stat)
 
     def open(self, location: str, version: Version | None = None, stop: int | None = None) -> BinaryIO:
         """A seekable file of the bytes, unzipped; of a remote one, nothing past ``stop`` is read ahead.
@@ -102,8 +105,7 @@ class ShardStore:
             raw = Path(location).open("rb", buffering=READ_AHEAD)  # noqa: SIM115 - the caller closes it
         except OSError as error:
             raise DataError(f"{location} cannot be read: {error.strerror}") from None
-        stat = os.fstat(raw.fileno())
-        if version is not None and version != (stat.st_size, str(stat.st_mtime_ns)):
+        if version is not None and version != _local_version(os.fstat(raw.fileno())):
             raw.close()
             raise DataError(f"{location} changed since its samples were counted; start again")
         return raw
@@ -172,6 +174,10 @@ class _Short(Exception):
     pass
 
 
+def _local_version(stat: os.stat_result) -> Version:
+    return Version(stat.st_size, str(stat.st_mtime_ns))
+
+
 def _version(meta: Any) -> Version:
     return Version(meta["size"], meta["e_tag"] or str(meta["last_modified"]))
 
@@ -200,17 +206,10 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(4, thread_name_prefix="read-ahead")
 
 
-class _Remote(io.RawIOBase):
-    """A remote object as a seekable file. Ranges grow while reading goes on; the next is fetched while one is used."""
+class _Seekable(io.RawIOBase):
+    """A file that can be read from any place."""
 
-    def __init__(self, store: ShardStore, location: str, version: Version, stop: int | None) -> None:
-        assert version.size is not None
-        self._store, self._location, self._version, self._size = store, location, version, version.size
-        self._stop = min(stop or self._size, self._size)
-        self._position = self._start = 0
-        self._data = b""
-        self._burst = FIRST_BURST
-        self._ahead: tuple[int, Future[bytes]] | None = None
+    _position = 0
 
     def readable(self) -> bool:
         return True
@@ -220,6 +219,19 @@ class _Remote(io.RawIOBase):
 
     def tell(self) -> int:
         return self._position
+
+
+class _Remote(_Seekable):
+    """A remote object as a seekable file. Ranges grow while reading goes on; the next is fetched while one is used."""
+
+    def __init__(self, store: ShardStore, location: str, version: Version, stop: int | None) -> None:
+        assert version.size is not None
+        self._store, self._location, self._version, self._size = store, location, version, version.size
+        self._stop = min(stop or self._size, self._size)
+        self._start = 0
+        self._data = b""
+        self._burst = FIRST_BURST
+        self._ahead: tuple[int, Future[bytes]] | None = None
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
@@ -256,22 +268,12 @@ class _Remote(io.RawIOBase):
             self._ahead = (after, future)
 
 
-class _Pipe(io.RawIOBase):
+class _Pipe(_Seekable):
     """What a command prints, as a file: a jump forward reads on, one backward starts the command again."""
 
     def __init__(self, command: str) -> None:
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import os
@@ -21,11 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
-from clipscale.data.io import PIPE, REMOTE, ShardStore, Version, resolve
+from clipscale.data.io import ELSEWHERE, GZIP_ERRORS, PIPE, REMOTE, ShardStore, Version, resolve
 from clipscale.data.tar import TarError, members
 from clipscale.errors import DataError
 
-GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 # Members whose first path component looks like this carry a shard's metadata, not samples (WebDataset's rule).
 META = re.compile(r"__[^/]*__($|/)")
 
@@ -89,7 +87,7 @@ def expand_shards(shards: str | Sequence[str], root: str | None, key: str, store
             files += [ShardFile(store, resolve(name, root), number) for name in names if name]
     if not files:
         raise DataError(f"{key}={shards!r} names no shard")
-    local = [file.location for file in files if not file.location.startswith((*REMOTE, PIPE))]
+    local = [file.location for file in files if not file.location.startswith(ELSEWHERE)]
     missing = [location for location in local if not Path(location).is_file()]
     if missing:
         hint = "" if root else " (data.root is not set; relative names are looked up in the current directory)"
@@ -108,9 +106,9 @@ def index_all(files: Sequence[ShardFile]) -> list[ShardIndex]:
         return list(pool.map(shard_index, files))
 
 
-def damages(files: Sequence[ShardFile]) -> dict[str, str]:
+def damages(files: Sequence[ShardFile], indexes: Sequence[ShardIndex]) -> dict[str, str]:
     """What is wrong with the archives in which something is, by file name."""
-    return {file.name: file.index.damage for file in files if file.index.damage}
+    return {file.name: index.damage for file, index in zip(files, indexes, strict=True) if index.damage}
 
 
 @lru_cache(maxsize=4096)

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import BinaryIO
 
-from clipscale.data.manifest import GZIP_ERRORS, ShardFile, sample_key
+from clipscale.data.io import GZIP_ERRORS
+from clipscale.data.manifest import ShardFile, sample_key
 from clipscale.data.order import SampleOrder, Window
 from clipscale.data.samples import Member
 from clipscale.data.tar import TarError, members

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,24 +26,27 @@ class Sink(Protocol):
 
 def last_values(path: Path) -> dict[str, float]:
     """The last value of every metric in a ``metrics.jsonl``; empty if there is none."""
-    if not path.exists():
-        return {}
     values: dict[str, float] = {}
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a kill can cut the last line
-            values |= {key: value for key, value in json.loads(line).items() if "/" in key}
+    for row in _rows(path):
+        values |= {key: value for key, value in row.items() if "/" in key}
     return values
 
 
 def evaluated_at(path: Path, samples_seen: int) -> int:
     """Samples seen at the last evaluation in a ``metrics.jsonl`` up to ``samples_seen``; 0 if there is none."""
     found = 0
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError):
-            row = json.loads(line)
-            if row["samples_seen"] <= samples_seen and any(key.startswith("val/") for key in row):
-                found = row["samples_seen"]
+    for row in _rows(path):
+        seen = row.get("samples_seen", samples_seen + 1)  # a row without it is not ours
+        if seen <= samples_seen and any(key.startswith("val/") for key in row):
+            found = seen
     return found
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``, if there is one; a line that a kill has cut is none."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
 
 
 class Jsonl:

@@ -43,6 +43,8 @@ class TrainData:
 
     files: list[ShardFile]
     order: SampleOrder
+    damaged: dict[str, str]
+    """What is wrong with the archives in which something is, by file name."""
 
     @property
     def samples(self) -> int:
@@ -83,8 +85,9 @@ def build_train_data(config: Config, data: Data, store: ShardStore, runtime: Run
     files = expand_shards(data.train.shards, data.root, "data.train.shards", store)
     indexes = once_per_node(runtime, lambda: index_all(files))
     samples = sum(index.samples for index in indexes)
+    damaged = damages(files, indexes)
     if not samples:
-        why = "".join(f"\n  {name} {damage}" for name, damage in islice(damages(files).items(), 5))
+        why = "".join(f"\n  {name} {damage}" for name, damage in islice(damaged.items(), 5))
         raise DataError(f"data.train.shards={data.train.shards}: the {len(files)} shards hold no sample{why}")
     streams = config.data.streams
     assert streams is not None, "open_run records the number of streams"
@@ -96,7 +99,7 @@ def build_train_data(config: Config, data: Data, store: ShardStore, runtime: Run
         order = SampleOrder(shards, data.train.weights, config.seed, streams, config.data.window)
     except ValueError as error:
         raise ConfigError(f"data.train.shards, data.train.weights: {error}") from None
-    return TrainData(files, order)
+    return TrainData(files, order, damaged)
 
 
 def build_loader(

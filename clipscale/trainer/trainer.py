@@ -26,7 +26,6 @@ from clipscale.config.schema import Config as Schema
 from clipscale.data.accounting import BadSamples, over_budget
 from clipscale.data.io import PIPE
 from clipscale.data.loader import Batch
-from clipscale.data.manifest import damages
 from clipscale.data.tokenizer import build_tokenizer
 from clipscale.distributed.collectives import gather, total, world_size
 from clipscale.distributed.faults import StopRequest
@@ -396,7 +395,7 @@ class Trainer:
         )
         if any(file.location.startswith(PIPE) for file in self.train.files):
             say("warning: pipe: shards are read from their beginning for each part of them; other locations are faster")
-        for name, damage in (damages(self.train.files) | damaged_shards(self.evaluators)).items():
+        for name, damage in (self.train.damaged | damaged_shards(self.evaluators)).items():
             say(f"warning: shard {name} {damage}")
             if self.runtime.is_main:
                 log_event(self.path, "damaged_shard", shard=name, damage=damage)
