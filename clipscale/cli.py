@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clipscale.apps.data.cli import data_app
 from clipscale.errors import ClipscaleError, ExitCode
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data_app)
 
 
 @app.command(

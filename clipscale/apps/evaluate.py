@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import rich.console
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from clipscale.checkpoint.loading import find_checkpoint, load
 from clipscale.config import Config, validate
-from clipscale.config.compose import explain, quote_shards
+from clipscale.config.compose import override
 from clipscale.config.data import Builtin
 from clipscale.config.schema import Device
 from clipscale.distributed.runtime import start
@@ -56,15 +54,7 @@ def evaluate(run: Path, overrides: Sequence[str], device: str, as_json: bool) ->
 
 
 def _override(config: Config, overrides: Sequence[str]) -> Config:
-    for override in overrides:
-        if not override.startswith(("data.", "eval.")) or "=" not in override:
-            raise ConfigError(f"{override}: clipscale eval takes data.KEY=value and eval.KEY=value")
-    try:
-        changes = OmegaConf.from_dotlist(quote_shards(overrides))
-        merged = OmegaConf.merge(OmegaConf.structured(config), changes)
-    except OmegaConfBaseException as error:
-        raise explain(error, overrides) from error
-    changed: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    changed = override(config, overrides, ("data.", "eval."))
     validate(changed, world=1)
     named = {key for key, _, value in (o.partition("=") for o in overrides) if value not in ("null", "0")}
     if changed.data.builtin is not Builtin.none and named & {"data.root", "data.val.shards", "data.zeroshot.shards"}:

@@ -62,6 +62,22 @@ def quote_shards(overrides: Sequence[str]) -> list[str]:
     ]
 
 
+def override(config: Config, overrides: Sequence[str], allowed: Sequence[str]) -> Config:
+    """A copy of ``config`` with ``KEY=VALUE`` changes, for commands other than training.
+
+    Raises ConfigError, in one line, for an unknown key or type, or a key that does not begin as ``allowed`` says.
+    """
+    for change in overrides:
+        if not change.startswith(tuple(allowed)) or "=" not in change:
+            raise ConfigError(f"{change}: this command takes {', '.join(f'{key}KEY=value' for key in allowed)}")
+    try:
+        changes = OmegaConf.from_dotlist(quote_shards(overrides))
+        merged = OmegaConf.merge(OmegaConf.structured(config), changes)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise explain(error, overrides) from error
+
+
 def typed(node: DictConfig) -> Config:
     """The resolved configuration as dataclasses, checked against the schema once more."""
     try:

@@ -1,0 +1,1 @@
+"""``clipscale data``: make, check, describe and change shards. Each tool maps shards to shards."""
