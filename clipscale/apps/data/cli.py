@@ -14,9 +14,7 @@ data_app = typer.Typer(
     no_args_is_help=True,
 )
 
-Shards = Annotated[
-    str, typer.Argument(help="Shards: brace patterns, `::` between them; with data.root, relative to it.")
-]
+Shards = Annotated[str, typer.Argument(help="Shards: brace patterns, `::` between them; below data.root if set.")]
 Output = Annotated[Path, typer.Argument(help="Directory that is written; the same command goes on after a stop.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="data.… and storage.… keys.")]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Processes on this node; 0: one per core.")]
@@ -39,8 +37,8 @@ def pack_command(
     images: Annotated[
         Path | None, typer.Option(help="Directory of the table's image paths; by default the table's own.")
     ] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column of the image paths, if not found by its name.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Column of the captions, if not found by its name.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of image paths, if its name does not tell.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Column of captions, if its name does not tell.")] = None,
     caption_template: Annotated[
         str | None, typer.Option(help="Caption made of columns, e.g. '{findings} {impression}'.")
     ] = None,
