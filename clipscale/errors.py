@@ -30,6 +30,10 @@ class DataError(ClipscaleError):
     """Data that is not there, or is not what the configuration says."""
 
 
+class MissingError(DataError):
+    """A file or an object that does not exist."""
+
+
 class DataBudgetError(ClipscaleError):
     """More samples than the budget allows could not be used."""
 

@@ -78,6 +78,8 @@ class Data:
     shapes: Shapes = group(Shapes)
     root: str | None = free(None)
     """Directory against which relative shard names resolve; data may move between resumes."""
+    index: str | None = free(None)
+    """Index file of the shards, where none lies beside them as `shards.json`; see `clipscale data index --output`."""
     train: TrainSet = group(TrainSet)
     val: ValSet = group(ValSet)
     zeroshot: ZeroshotSet = group(ZeroshotSet)

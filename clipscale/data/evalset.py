@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from clipscale.data.manifest import ShardFile, damages, index_all
+from clipscale.data.manifest import ShardFile, damages, summarise
 from clipscale.data.samples import BadSample, Member, decode_image, eval_crop, find_image
 from clipscale.data.stream import read_samples
 
@@ -56,9 +56,9 @@ class EvalSet:
     ) -> None:
         self._files, self._image_keys, self.size = files, image_keys, size
         self._max_pixels, self._fields = max_pixels, fields
-        indexes = index_all(files)
-        self._ends = np.cumsum([index.samples for index in indexes])
-        self.damaged = damages(files, indexes)  # what is wrong with an archive, by file name
+        summaries = summarise(files)
+        self._ends = np.cumsum([summary.samples for summary in summaries])
+        self.damaged = damages(files, summaries)  # what is wrong with an archive, by file name
 
     def __len__(self) -> int:
         return int(self._ends[-1])

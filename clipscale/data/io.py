@@ -31,7 +31,7 @@ from obstore.exceptions import (
 from obstore.store import from_url
 
 from clipscale.config.data import Storage
-from clipscale.errors import DataError
+from clipscale.errors import DataError, MissingError
 
 REMOTE = ("http://", "https://", "s3://", "gs://", "az://")
 PIPE = "pipe:"
@@ -52,6 +52,11 @@ def resolve(name: str, root: str | None) -> str:
     if root is not None and root.startswith(REMOTE):
         return f"{root.rstrip('/')}/{name}"
     return str(Path(root or ".", name).expanduser())
+
+
+def parent(location: str) -> str:
+    """The directory, or remote prefix, in which a location lies."""
+    return location.rpartition("/")[0] or "."
 
 
 class Version(NamedTuple):
@@ -82,7 +87,7 @@ class ShardStore:
         try:
             stat = Path(location).stat()
         except OSError as error:
-            raise DataError(f"{location} cannot be read: {error.strerror}") from None
+            raise _unreadable(location, error) from None
         return _local_version(stat)
 
     def open(self, location: str, version: Version | None = None, stop: int | None = None) -> BinaryIO:
@@ -90,21 +95,24 @@ class ShardStore:
 
         Raises DataError when it is not there, or is not ``version`` any more.
         """
-        if location.startswith(PIPE):
-            raw = cast(BinaryIO, io.BufferedReader(_Pipe(location.removeprefix(PIPE)), READ_AHEAD))
-        elif location.startswith(REMOTE):
-            raw = cast(BinaryIO, _Remote(self, location, version or self.version(location), stop))
-        else:
-            raw = self._open_local(location, version)
+        raw = self.open_stored(location, version, stop)
         is_gzip = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if is_gzip else raw
+
+    def open_stored(self, location: str, version: Version | None = None, stop: int | None = None) -> BinaryIO:
+        """As :meth:`open`, but the bytes as they are stored, gzip and all."""
+        if location.startswith(PIPE):
+            return cast(BinaryIO, io.BufferedReader(_Pipe(location.removeprefix(PIPE)), READ_AHEAD))
+        if location.startswith(REMOTE):
+            return cast(BinaryIO, _Remote(self, location, version or self.version(location), stop))
+        return self._open_local(location, version)
 
     def _open_local(self, location: str, version: Version | None) -> BinaryIO:
         try:
             raw = Path(location).open("rb", buffering=READ_AHEAD)  # noqa: SIM115 - the caller closes it
         except OSError as error:
-            raise DataError(f"{location} cannot be read: {error.strerror}") from None
+            raise _unreadable(location, error) from None
         if version is not None and version != _local_version(os.fstat(raw.fileno())):
             raw.close()
             raise DataError(f"{location} changed since its samples were counted; start again")
@@ -137,13 +145,28 @@ class ShardStore:
             raise DataError(f"{location}: {len(got)} bytes came, {stop - start} were asked for")
         return bytes(got)
 
+    def write(self, location: str, data: bytes) -> None:
+        """Put a small file there, in place of any older one, whole or not at all. Raises DataError."""
+        if location.startswith(REMOTE):
+            client, key = self._client(location)
+            self._retrying(location, lambda: obstore.put(client, key, data))
+            return
+        path = Path(location)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch.write_bytes(data)
+            scratch.replace(path)
+        except OSError as error:
+            raise DataError(f"{location} cannot be written: {error.strerror}") from None
+
     def _retrying(self, location: str, attempt: Callable[[], T], progressed: Callable[[], bool] = lambda: False) -> T:
         failures = 0
         while True:
             try:
                 return attempt()
             except (NotFoundError, FileNotFoundError):
-                raise DataError(f"{location} does not exist") from None
+                raise MissingError(f"{location} does not exist") from None
             except (PermissionDeniedError, UnauthenticatedError):
                 raise DataError(
                     f"{location}: access was refused; credentials come from the environment, storage.anonymous=true "
@@ -172,6 +195,11 @@ class ShardStore:
 
 class _Short(Exception):
     pass
+
+
+def _unreadable(location: str, error: OSError) -> DataError:
+    kind = MissingError if isinstance(error, FileNotFoundError) else DataError
+    return kind(f"{location} cannot be read: {error.strerror}")
 
 
 def _local_version(stat: os.stat_result) -> Version:

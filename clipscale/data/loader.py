@@ -163,6 +163,7 @@ class _StreamReader(IterableDataset):
             prepared = self._prepare([(int(streams[i]), position, sample) for i, position, sample in raw])
             for (i, position, sample), result in zip(raw, prepared, strict=True):
                 positions[i] = position + 1
+                bad += [("beyond_count", key) for key in sample.beyond]
                 if isinstance(result, BadSample):
                     bad.append((str(result), sample.key))
                 else:

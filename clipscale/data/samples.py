@@ -27,11 +27,16 @@ class BadSample(Exception):
 
 @dataclass(frozen=True)
 class Member:
-    """A raw sample: ``shard-file-name/sample-key`` and its members by lower-case suffix."""
+    """A raw sample: ``shard-file-name/sample-key`` and its members by lower-case suffix.
+
+    ``problem`` is why it cannot be used, if that is known already; ``beyond`` names the samples that follow the last
+    one of a shard which was said to end there.
+    """
 
     key: str
     members: dict[str, bytes]
     problem: str = ""
+    beyond: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import BinaryIO
 
-from clipscale.data.io import GZIP_ERRORS
-from clipscale.data.manifest import ShardFile, sample_key
+from clipscale.data.index import sample_key
+from clipscale.data.io import GZIP_ERRORS, parent, resolve
+from clipscale.data.manifest import ShardFile
 from clipscale.data.order import SampleOrder, Window
 from clipscale.data.samples import Member
+from clipscale.data.table import read_rows
 from clipscale.data.tar import TarError, members
-from clipscale.errors import DataError
+from clipscale.errors import DataError, MissingError
 
 
 def read_samples(file: ShardFile, start: int, stop: int) -> Iterator[Member]:
     """Raw samples ``start <= index < stop`` of a shard, read from where the first one begins.
 
-    Raises DataError when the shard holds other samples than its index says.
+    Where a hint said that there are more than there are, the missing ones come as samples with that problem; those of
+    which it did not know are named by the last one that it did. Raises DataError when the shard is not what its index
+    says.
     """
-    offsets, where = file.index.offsets, file.location
-    if stop >= len(offsets):
-        raise DataError(f"{where} holds {len(offsets) - 1} samples, sample {stop - 1} was asked for: it changed")
-    begin, end = int(offsets[start]), int(offsets[stop])
-    found = 0
+    if file.rows is not None:
+        yield from _rows(file, file.rows[0] + start, file.rows[0] + stop)
+        return
+    there, said = file.index.samples, file.summary.samples
+    if stop > said:
+        raise DataError(f"{file.location} holds {said} samples, sample {stop - 1} was asked for: it changed")
+    beyond = stop == said < there
+    for number, sample in enumerate(_read(file, min(start, there), min(stop, there)), start):
+        if beyond and number == stop - 1:
+            sample = replace(sample, beyond=tuple(one.key for one in _read(file, stop, there)))
+        yield sample
+    for number in range(max(start, there), stop):
+        yield Member(f"{file.name}/#{number}", {}, "missing")
+
+
+def _read(file: ShardFile, start: int, stop: int) -> Iterator[Member]:
+    index, where, found = file.index, file.location, 0
+    begin, end = int(index.offsets[start]), int(index.offsets[stop])
     try:
-        with file.store.open(where, file.index.version, end) as raw:
+        with file.store.open(where, index.version, end) as raw:
             for sample in _group(raw, begin, end, file.name):
                 found += 1
                 yield sample
@@ -35,6 +53,22 @@ def read_samples(file: ShardFile, start: int, stop: int) -> Iterator[Member]:
         raise DataError(f"{where} cannot be read: {error}") from None
     if found != stop - start:
         raise DataError(f"{where} gave {found} samples, its index says {stop - start}: it changed; start again")
+
+
+def _rows(file: ShardFile, start: int, stop: int) -> Iterator[Member]:
+    index, folder = file.index, parent(file.location)
+
+    def fetch(path: str) -> bytes | None:
+        try:
+            with file.store.open(resolve(path, folder)) as raw:
+                return raw.read()
+        except MissingError:
+            return None
+
+    with file.store.open(file.location, index.version) as raw:
+        rows = read_rows(raw, int(index.offsets[start]), int(index.offsets[stop]), fetch)
+        for number, row in zip(range(start, stop), rows, strict=True):
+            yield replace(row, key=f"{file.name}/{number}")
 
 
 def _group(raw: BinaryIO, start: int, stop: int, shard: str) -> Iterator[Member]:

@@ -48,7 +48,7 @@ def damaged_shards(evaluators: Sequence[Evaluator]) -> dict[str, str]:
 def _eval_set(
     data: Data, store: ShardStore, shards: Any, key: str, size: int, fields: tuple[Callable[[Member], Any], ...]
 ) -> EvalSet:
-    files = expand_shards(shards, data.root, key, store)
+    files = expand_shards(shards, data.root, key, store, data.index)
     evalset = EvalSet(files, data.image_keys, size, data.max_pixels, fields)
     if not len(evalset):
         raise DataError(f"{key}={shards} holds no samples; null turns this evaluation off")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from clipscale.config import Config
 from clipscale.config.data import Builtin, Data
+from clipscale.data.index import cache_dir
 from clipscale.data.io import ShardStore
 from clipscale.data.loader import SampleOptions, TrainLoader
-from clipscale.data.manifest import ShardFile, cache_dir, damages, expand_shards, index_all
+from clipscale.data.manifest import ShardFile, Summary, damages, expand_shards, summarise
 from clipscale.data.order import SampleOrder, Shard
 from clipscale.data.samples import ImageOptions
 from clipscale.data.shapes import ShapesSpec, ensure_shapes, train_shards
@@ -82,24 +83,35 @@ def build_train_data(config: Config, data: Data, store: ShardStore, runtime: Run
     Chooses ``data.window`` if it is null, and records it in ``config``. Raises DataError or ConfigError for shards that
     are absent, empty or unreadable, and for weights that do not match the sources.
     """
-    files = expand_shards(data.train.shards, data.root, "data.train.shards", store)
-    indexes = once_per_node(runtime, lambda: index_all(files))
-    samples = sum(index.samples for index in indexes)
-    damaged = damages(files, indexes)
+    files = once_per_node(
+        runtime, lambda: expand_shards(data.train.shards, data.root, "data.train.shards", store, data.index)
+    )
+    summaries = once_per_node(runtime, lambda: summarise(files))
+    samples = sum(summary.samples for summary in summaries)
+    damaged = damages(files, summaries)
     if not samples:
         why = "".join(f"\n  {name} {damage}" for name, damage in islice(damaged.items(), 5))
         raise DataError(f"data.train.shards={data.train.shards}: the {len(files)} shards hold no sample{why}")
     streams = config.data.streams
     assert streams is not None, "open_run records the number of streams"
     if config.data.window is None:
-        mean_bytes = sum(int(index.offsets[-1]) for index in indexes) / samples
+        mean_bytes = _mean_bytes(files, summaries)
         config.data.window = int(np.clip(WINDOW_BYTES / (streams * mean_bytes), *WINDOW_RANGE))
     try:
-        shards = [Shard(file.name, index.samples, file.source) for file, index in zip(files, indexes, strict=True)]
+        shards = [Shard(file.name, found.samples, file.source) for file, found in zip(files, summaries, strict=True)]
         order = SampleOrder(shards, data.train.weights, config.seed, streams, config.data.window)
     except ValueError as error:
         raise ConfigError(f"data.train.shards, data.train.weights: {error}") from None
     return TrainData(files, order, damaged)
+
+
+def _mean_bytes(files: Sequence[ShardFile], summaries: Sequence[Summary]) -> float:
+    """Bytes of a sample, over the shards whose size is known; of the rest the first one is asked."""
+    known = [summary for summary in summaries if summary.size and summary.samples]
+    if not known:
+        index = files[0].index
+        return float(index.offsets[-1]) / max(index.samples, 1)
+    return sum(summary.size or 0 for summary in known) / sum(summary.samples for summary in known)
 
 
 def build_loader(

@@ -15,8 +15,9 @@ from obstore.store import S3Store
 
 from clipscale.config.data import Storage
 from clipscale.data import io as shard_io
+from clipscale.data.index import walk
 from clipscale.data.io import ShardStore, resolve
-from clipscale.data.manifest import ShardFile, expand_shards, shard_index
+from clipscale.data.manifest import ShardFile, expand_shards
 from clipscale.data.stream import read_samples
 from clipscale.errors import DataError
 from tests.faults import Fault, FaultServer
@@ -41,7 +42,7 @@ def server(shard: Path) -> Iterator[FaultServer]:
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(shard_io.time, "sleep", lambda seconds: None)  # retry at once
-    shard_index.cache_clear()
+    walk.cache_clear()
 
 
 def keys(location: str, store: ShardStore, start: int = 0, stop: int = SAMPLES) -> list[str]:
@@ -129,7 +130,7 @@ def run_schedules(server: FaultServer, shard: Path, seeds: range) -> dict[str, i
     """Read the shard under a random schedule of faults per seed: all samples, or an error; never fewer."""
     outcomes = {"whole": 0, "error": 0}
     for seed in seeds:
-        shard_index.cache_clear()
+        walk.cache_clear()
         server.plan, server.tag = random_schedule(seed), f"v{seed}"
         burst = random.Random(seed).choice([1 << 15, 1 << 17, 1 << 20])
         try:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from clipscale.data import loader
+from clipscale.data.index import ShardIndex, walk
 from clipscale.data.loader import Batch, SampleOptions, TrainLoader
-from clipscale.data.manifest import ShardFile, ShardIndex, expand_shards, shard_index
+from clipscale.data.manifest import ShardFile, expand_shards
 from clipscale.data.order import SampleOrder
 from clipscale.data.samples import ImageOptions
 from clipscale.data.stream import read_samples, read_stream
@@ -39,7 +40,7 @@ def make_order(files: list[ShardFile], window: int = 6) -> SampleOrder:
 
 def index(path: Path) -> ShardIndex:
     """Read anew: within a process, an index is kept for good."""
-    shard_index.cache_clear()
+    walk.cache_clear()
     return ShardFile(STORE, str(path)).index
 
 

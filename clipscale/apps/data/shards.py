@@ -25,7 +25,7 @@ def named_shards(shards: str, overrides: Sequence[str]) -> tuple[list[ShardFile]
     """
     config = override(Config(), overrides, KEYS)
     store = ShardStore(config.storage)
-    return expand_shards(shards, config.data.root, "SHARDS", store), config
+    return expand_shards(shards, config.data.root, "SHARDS", store, config.data.index), config
 
 
 def identity(files: Sequence[ShardFile]) -> list[list[object]]:
@@ -35,7 +35,7 @@ def identity(files: Sequence[ShardFile]) -> list[list[object]]:
 
 def all_samples(file: ShardFile) -> Iterator[Member]:
     """Every raw sample of a shard, up to where it is damaged."""
-    return read_samples(file, 0, file.index.samples)
+    return read_samples(file, 0, file.summary.samples)
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
