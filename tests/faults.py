@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,11 +33,16 @@ class FaultServer:
     url: str = ""
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[FaultServer]:
+    def running(self, certificate: Path | None = None) -> Iterator[FaultServer]:
+        """Serve; over TLS with a ``certificate`` and its key in one PEM file."""
         server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{server.server_port}"
+        self.url = f"{'https' if certificate else 'http'}://127.0.0.1:{server.server_port}"
         try:
             yield self
         finally:

@@ -118,12 +118,19 @@ class Storage:
     """Region of the bucket."""
     allow_http: bool = free(False)
     """Let `endpoint_url` be reached without TLS."""
+    ca_bundle: str | None = free(None)
+    """PEM file of certificate authorities to trust beside the built-in ones, for servers with a certificate of your
+    own."""
     anonymous: bool = free(False)
     """Send no credentials, for public buckets."""
     retries: int = free(8)
     """Tries in a row without progress after which a shard counts as unreachable and the run stops."""
     timeout_s: float = free(30.0)
     """Seconds after which an answer that has not ended is broken off and taken up again where it stood."""
+    cache_dir: str | None = free(None)
+    """Local directory in which remote shards are kept whole, for all processes of a machine; null keeps none."""
+    cache_gib: float = free(100.0)
+    """Most GiB kept in `cache_dir`; the least recently used shards make room."""
 
 
 @dataclass

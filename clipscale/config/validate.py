@@ -42,6 +42,7 @@ def _sizes(config: Config) -> Iterator[str]:
         tracking__log_every_steps=config.tracking.log_every_steps,
         checkpoint__keep_last=config.checkpoint.keep_last,
         storage__timeout_s=config.storage.timeout_s,
+        storage__cache_gib=config.storage.cache_gib,
         distributed__timeout_s=config.distributed.timeout_s,
         loss__init_logit_scale=config.loss.init_logit_scale,
         optim__eps=config.optim.eps,

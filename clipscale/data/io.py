@@ -31,6 +31,7 @@ from obstore.exceptions import (
 from obstore.store import from_url
 
 from clipscale.config.data import Storage
+from clipscale.data.cache import ShardCache
 from clipscale.errors import DataError, MissingError
 
 REMOTE = ("http://", "https://", "s3://", "gs://", "az://")
@@ -90,12 +91,15 @@ class ShardStore:
             raise _unreadable(location, error) from None
         return _local_version(stat)
 
-    def open(self, location: str, version: Version | None = None, stop: int | None = None) -> BinaryIO:
+    def open(
+        self, location: str, version: Version | None = None, stop: int | None = None, keep: bool = False
+    ) -> BinaryIO:
         """A seekable file of the bytes, unzipped; of a remote one, nothing past ``stop`` is read ahead.
 
-        Raises DataError when it is not there, or is not ``version`` any more.
+        ``keep`` fetches all of a remote one into the local cache, if there is one. Raises DataError when it is not
+        there, or is not ``version`` any more.
         """
-        raw = self.open_stored(location, version, stop)
+        raw = (self._cached(location, version) if keep else None) or self.open_stored(location, version, stop)
         is_gzip = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if is_gzip else raw
@@ -107,6 +111,20 @@ class ShardStore:
         if location.startswith(REMOTE):
             return cast(BinaryIO, _Remote(self, location, version or self.version(location), stop))
         return self._open_local(location, version)
+
+    def _cached(self, location: str, version: Version | None) -> BinaryIO | None:
+        """A remote object from the local cache; None if there is none, or no place in it."""
+        if self.config.cache_dir is None or not location.startswith(REMOTE):
+            return None
+        version = version or self.version(location)
+        size = version.size or 0
+
+        def fetch(file: BinaryIO) -> None:
+            for start in range(0, size, self.burst):
+                file.write(self.read(location, version, start, min(start + self.burst, size)))
+
+        cache = ShardCache(Path(self.config.cache_dir).expanduser(), int(self.config.cache_gib * 2**30))
+        return cache.open(f"{self.config.endpoint_url} {location} {size} {version.tag}", size, fetch)
 
     def _open_local(self, location: str, version: Version | None) -> BinaryIO:
         try:
@@ -222,6 +240,11 @@ def _connect(url: str, settings: tuple[tuple[str, Any], ...]) -> Any:
     if url.startswith("s3://"):
         named = {"endpoint": given["endpoint_url"], "region": given["region"]}
         options |= {key: value for key, value in named.items() if value is not None}
+    if given["ca_bundle"] is not None:
+        try:
+            client["root_certificate"] = Path(given["ca_bundle"]).expanduser().read_bytes()
+        except OSError as error:
+            raise DataError(f"storage.ca_bundle={given['ca_bundle']} cannot be read: {error.strerror}") from None
     if given["anonymous"] and not url.startswith("http"):
         options["skip_signature"] = True
     # Retrying is ours: it has to know the last good byte.

@@ -43,7 +43,7 @@ def _read(file: ShardFile, start: int, stop: int) -> Iterator[Member]:
     index, where, found = file.index, file.location, 0
     begin, end = int(index.offsets[start]), int(index.offsets[stop])
     try:
-        with file.store.open(where, index.version, end) as raw:
+        with file.store.open(where, index.version, end, keep=True) as raw:
             for sample in _group(raw, begin, end, file.name):
                 found += 1
                 yield sample

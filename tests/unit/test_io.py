@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import gzip
+import hashlib
+import ipaddress
 import pickle
 import random
 import urllib.request
@@ -11,8 +15,12 @@ from pathlib import Path
 
 import obstore
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from obstore.store import S3Store
 
+from clipscale.apps.data.index import index
 from clipscale.config.data import Storage
 from clipscale.data import io as shard_io
 from clipscale.data.index import walk
@@ -216,3 +224,67 @@ def test_an_s3_server(bucket: str, shard: Path, monkeypatch: pytest.MonkeyPatch)
     assert keys(url, ShardStore(settings), 30, 40) == expected(30, 40)
     with pytest.raises(DataError, match=r"s3://pairs/set/none\.tar does not exist"):
         keys("s3://pairs/set/none.tar", ShardStore(settings))
+
+
+def test_an_s3_server_takes_an_index(bucket: str, shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a secret")
+    storage = [f"storage.endpoint_url={bucket}", "storage.region=us-east-1", "storage.allow_http=true"]
+    index(f"s3://pairs/set/{shard.name}", storage, jobs=1)
+    settings = Storage(endpoint_url=bucket, region="us-east-1", allow_http=True, retries=2, timeout_s=5.0)
+    (file,) = expand_shards(shard.name, "s3://pairs/set", "k", ShardStore(settings))
+    assert file.declared is not None and file.summary.samples == SAMPLES
+    assert file.declared.sha256 == hashlib.sha256(shard.read_bytes()).hexdigest()
+    assert [one.key.rpartition("/")[2] for one in read_samples(file, 20, 30)] == expected(20, 30)
+
+
+def test_a_local_cache(server: FaultServer, shard: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(FAST, cache_dir=str(tmp_path / "kept"), cache_gib=0.01)
+    url, store = f"{server.url}/{shard.name}", ShardStore(settings)
+    server.plan = lambda number: RECOVERABLE["cut"] if number % 3 == 1 else None
+    assert keys(url, store) == expected()
+    before = len(server.requests)
+    assert keys(url, store, 20, 60) == expected(20, 60) and keys(url, ShardStore(settings)) == expected()
+    assert len(server.requests) == before
+    server.tag = "v2"
+    walk.cache_clear()
+    assert keys(url, ShardStore(settings)) == expected() and len(server.requests) > before, "another version"
+
+
+def test_a_server_with_a_certificate_of_our_own(shard: Path, tmp_path: Path) -> None:
+    authority, certificate = _authority(tmp_path)
+    with FaultServer(shard.parent).running(certificate) as server:
+        url = f"{server.url}/{shard.name}"
+        trusted = dataclasses.replace(FAST, ca_bundle=str(authority))
+        assert keys(url, ShardStore(trusted)) == expected()
+        with pytest.raises(DataError, match="could not be read in"):
+            keys(url, ShardStore(FAST))
+        with pytest.raises(DataError, match=r"storage\.ca_bundle=.*nowhere.pem cannot be read"):
+            keys(url, ShardStore(dataclasses.replace(FAST, ca_bundle=str(tmp_path / "nowhere.pem"))))
+
+
+def _authority(directory: Path) -> tuple[Path, Path]:
+    """A certificate authority, and a key with its certificate for the loopback address."""
+    keys_of = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("authority", "server")}
+    now, address = datetime.datetime.now(datetime.UTC), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+
+    def certificate(name: str) -> bytes:
+        subject, issuer = (x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, n)]) for n in (name, "authority"))
+        is_ca = x509.BasicConstraints(ca=name == "authority", path_length=None)
+        return (
+            x509.CertificateBuilder(issuer, subject, keys_of[name].public_key(), x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+            .add_extension(is_ca, critical=True)
+            .sign(keys_of["authority"], hashes.SHA256())
+            .public_bytes(serialization.Encoding.PEM)
+        )
+
+    private = keys_of["server"].private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    authority, server = directory / "authority.pem", directory / "server.pem"
+    authority.write_bytes(certificate("authority"))
+    server.write_bytes(certificate("server") + private)
+    return authority, server
