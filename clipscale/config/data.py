@@ -96,6 +96,8 @@ class Data:
     max_bad_fraction: float | None = free(0.1)
     """Share of samples that may be unusable; more, after 2,000 samples or at the end, stop the run with exit code 4.
     null is no limit."""
+    max_bad_fraction_per_shard: float | None = free(None)
+    """The same for every single shard; null is no limit."""
     workers: int = free(2)
     """Loader processes per rank; 0 decodes in the training process."""
     streams: int | None = fixed(None)

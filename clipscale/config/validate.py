@@ -96,8 +96,10 @@ def _data(config: Config) -> Iterator[str]:
         yield f"data.crop_scale={data.crop_scale} must be two shares of the image, e.g. data.crop_scale=[0.9,1.0]"
     if len(data.crop_ratio) != 2 or not 0 < data.crop_ratio[0] <= data.crop_ratio[1]:
         yield f"data.crop_ratio={data.crop_ratio} must be two aspect ratios, e.g. data.crop_ratio=[0.75,1.3333]"
-    if data.max_bad_fraction is not None and not 0 <= data.max_bad_fraction <= 1:
-        yield f"data.max_bad_fraction={data.max_bad_fraction} must lie in [0, 1]; null is no limit"
+    budgets = {"max_bad_fraction": data.max_bad_fraction, "max_bad_fraction_per_shard": data.max_bad_fraction_per_shard}
+    for key, budget in budgets.items():
+        if budget is not None and not 0 <= budget <= 1:
+            yield f"data.{key}={budget} must lie in [0, 1]; null is no limit"
     length = config.tokenizer.context_length
     if length is not None and length > config.model.context_length:
         yield (

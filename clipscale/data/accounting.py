@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 JUDGED_AFTER = 2_000  # samples; fewer say little about a data set
@@ -38,3 +38,13 @@ def over_budget(bad: int, used: int, limit: float | None, at_the_end: bool) -> b
     """Whether ``bad`` samples beside ``used`` ones are more than the share ``limit`` of all; None is no limit."""
     tried = bad + used
     return limit is not None and bad > limit * tried and (at_the_end or tried >= JUDGED_AFTER)
+
+
+def worst_shard(bad: BadSamples, samples: Mapping[str, int], limit: float, passes: int) -> tuple[str, int, int] | None:
+    """The shard with the largest share of bad samples, if that is above ``limit``: ``(name, bad, samples)``.
+
+    ``samples`` by shard name; each was read at most ``passes`` times.
+    """
+    shares = {name: count / (samples[name] * passes) for name, count in bad.by_shard().items() if samples.get(name)}
+    name = max(shares, key=shares.__getitem__, default="")
+    return (name, bad.by_shard()[name], samples[name] * passes) if name and shares[name] > limit else None

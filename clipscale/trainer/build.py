@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,6 +52,14 @@ class TrainData:
     def samples(self) -> int:
         """Samples in all shards, each counted once."""
         return sum(shard.samples for shard in self.order.shards)
+
+    @property
+    def samples_by_name(self) -> Counter[str]:
+        """Samples by shard name; parts and namesakes together."""
+        found: Counter[str] = Counter()
+        for shard in self.order.shards:
+            found[shard.name] += shard.samples
+        return found
 
 
 def place_data(data: Data, runtime: Runtime) -> Data:

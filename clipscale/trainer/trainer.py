@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,26 +19,21 @@ from clipscale.config.model import model_summary
 from clipscale.config.resume import value_of
 from clipscale.config.rundir import count_events, log_event, write_result
 from clipscale.config.schema import Config as Schema
-from clipscale.data.accounting import BadSamples, over_budget
 from clipscale.data.io import PIPE
 from clipscale.data.loader import Batch
 from clipscale.data.tokenizer import build_tokenizer
 from clipscale.distributed.collectives import gather, total, world_size
 from clipscale.distributed.faults import StopRequest
 from clipscale.distributed.runtime import Runtime
-from clipscale.errors import ConfigError, DataBudgetError, DivergedError, ExitCode
+from clipscale.errors import ConfigError, DivergedError, ExitCode
 from clipscale.evals import build_evaluators, damaged_shards
 from clipscale.models import build_model
 from clipscale.optim import Ema, build_optimizer, configure, learning_rate
 from clipscale.parallel import build_scaler, parallelize
 from clipscale.telemetry import Meters, Sinks, evaluated_at, last_values
+from clipscale.trainer.account import Account, listed
 from clipscale.trainer.build import build_loader, build_store, build_train_data, eval_context, place_data, run_path
 from clipscale.trainer.step import TrainStep
-
-TRUNCATED_WARNING = 0.01
-WORST = 5  # shards that are named when samples are bad
-
-log = logging.getLogger("clipscale")
 
 
 class Trainer:
@@ -71,8 +62,7 @@ class Trainer:
         self.evaluators = build_evaluators(self.data, self.store, image_size, config.global_batch_size)
         self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
         self.saved = Saved(positions=[0] * self.train.order.streams, fingerprint=self.train.order.fingerprint)
-        self.bad = BadSamples()  # on this rank since this start
-        self.counts = torch.zeros(2, dtype=torch.int64)  # bad samples and cut captions on this rank since the last save
+        self.account = Account(config, self.path, runtime, self.train)
         self.evaluated_at = 0  # samples seen at the last evaluation
         self.checkpointed_at = -1
 
@@ -147,10 +137,7 @@ class Trainer:
         saved.samples_seen, saved.step = after, saved.step + 1
         self.positions = batch.positions
         self.meters.stepped(config.global_batch_size, self.loss)
-        self.counts += torch.tensor([len(batch.bad), batch.truncated])
-        self.bad.add(batch.bad)
-        for reason, key in batch.bad:
-            log.warning("bad sample %s: %s", key, reason)
+        self.account.add(batch, after)
         if config.data.trace:
             self._trace(batch)
 
@@ -167,7 +154,7 @@ class Trainer:
     # ---- log --------------------------------------------------------------------------------------------------
 
     def _log(self) -> None:
-        bad, truncated = self._counts_everywhere()
+        bad, truncated = self.account.totals(self.saved)
         values = self.meters.read() | {
             "train/lr": self.lr,
             "train/logit_scale": self.step.logit_scale(),
@@ -176,9 +163,9 @@ class Trainer:
             "train/truncated_captions": float(truncated),
         }
         self._emit(values)
-        self._warn(bad, truncated)
+        self.account.warn(bad, truncated, self.saved.samples_seen, self.sinks.console.say)
         self.meters.restart()
-        self._judge(bad)
+        self.account.judge(bad, self.saved.samples_seen, self._epoch - self.first_epoch + 1, self._is_over)
         self._refuse_nonsense(values["train/loss"], values["train/grad_norm"])
 
     def _refuse_nonsense(self, loss: float, grad_norm: float) -> None:
@@ -194,7 +181,7 @@ class Trainer:
         where = {
             "samples_seen": self.saved.samples_seen,
             "step": self.saved.step,
-            "epoch": self.train.order.epoch_at(0, int(self.positions[0])),
+            "epoch": self._epoch,
             "time_s": round(self._time_s, 3),
         }
         self.sinks.log(where | values)
@@ -203,52 +190,9 @@ class Trainer:
     def _time_s(self) -> float:
         return self.saved.time_s + time.perf_counter() - self.started
 
-    def _counts_everywhere(self) -> tuple[int, int]:
-        """Bad samples and truncated captions of the whole run, over all ranks."""
-        bad, truncated = total(self.counts.to(self.runtime.device)).tolist()
-        return self.saved.bad_samples + bad, self.saved.truncated_captions + truncated
-
-    def _warn(self, bad: int, truncated: int) -> None:
-        say, seen = self.sinks.console.say, self.saved.samples_seen
-        if bad > self.warned.get("bad", 0):
-            self.warned["bad"] = bad
-            found = self._bad_everywhere()
-            if self.runtime.is_main:
-                log_event(
-                    self.path, "bad_samples", samples_seen=seen, total=bad, reasons=found.by_reason(),
-                    shards=dict(islice(found.by_shard().items(), WORST)),
-                )  # fmt: skip
-                say(
-                    f"warning: {bad} bad samples passed over so far ({_join(found.by_reason())}); keys in "
-                    f"{self.path}/logs"
-                )
-        if truncated > TRUNCATED_WARNING * seen and "truncated" not in self.warned:
-            self.warned["truncated"] = truncated
-            if self.runtime.is_main:
-                log_event(self.path, "truncated_captions", samples_seen=seen, total=truncated)
-                say(
-                    f"warning: {truncated / seen:.1%} of captions are longer than {self.tokenizer.context_length} "
-                    "tokens and were cut; raise model.context_length"
-                )
-
-    def _judge(self, bad: int) -> None:
-        seen, limit = self.saved.samples_seen, self.config.data.max_bad_fraction
-        if over_budget(bad, seen, limit, self._is_over):
-            found = self._bad_everywhere()
-            worst = _join(found.by_shard(), most=WORST)
-            raise DataBudgetError(
-                f"{bad:,} of {bad + seen:,} samples could not be used, more than data.max_bad_fraction={limit}; since "
-                f"the last start: {_join(found.by_reason())}; worst shards: {worst}; keys in "
-                f"{self.path}/logs. Mend the data or raise the limit: the same command goes on from the last checkpoint"
-            )
-
-    def _bad_everywhere(self) -> BadSamples:
-        """Of all ranks, since this start."""
-        everyone: list[Any] = [self.bad.counts]
-        if world_size() > 1:
-            everyone = [None] * world_size()
-            dist.all_gather_object(everyone, self.bad.counts)
-        return BadSamples(sum(everyone, Counter()))
+    @property
+    def _epoch(self) -> int:
+        return self.train.order.epoch_at(0, int(self.positions[0]))
 
     # ---- evaluate, save, finish -------------------------------------------------------------------------------
 
@@ -275,8 +219,7 @@ class Trainer:
             return
         self._refuse_nonsense(self.loss.item(), self.step.grad_norm())  # it must not replace a good checkpoint
         self.checkpointed_at = self.saved.step
-        self.saved.bad_samples, self.saved.truncated_captions = self._counts_everywhere()
-        self.counts.zero_()
+        self.account.save(self.saved)
         self.saved.positions = gather(self.positions.to(self.runtime.device)).tolist()
         self.saved.time_s, self.started = self._time_s, time.perf_counter()
         self.saved.scaler = self.step.scaler.state_dict()
@@ -285,7 +228,7 @@ class Trainer:
         self.meters.restart()
 
     def _finish(self, code: ExitCode) -> ExitCode:
-        bad = self._bad_everywhere().by_reason()
+        bad = self.account.by_reason()
         if not self.runtime.is_main:
             return code
         say, done = self.sinks.console.say, code is ExitCode.DONE
@@ -297,7 +240,7 @@ class Trainer:
             return code
         self.sinks.console.summary(self._title(), metrics)
         if bad:
-            say(f"bad samples passed over since the last start: {_join(bad)}; keys in {self.path}/logs")
+            say(f"bad samples passed over since the last start: {listed(bad)}; keys in {self.path}/bad_samples")
         if self.config.eval.objective not in metrics and self.evaluators:
             say(f"warning: eval.objective={self.config.eval.objective} was not measured in this run")
         say(f'done: {self.path}; use it with clipscale.load("{self.path}") or: clipscale eval {self.path}')
@@ -334,7 +277,6 @@ class Trainer:
     def _resume(self) -> None:
         self.started = time.perf_counter()
         self.attempt = 1 + count_events(self.path, "started")
-        self.warned: dict[str, int] = {}
         self.lr = 0.0
         newest = self.checkpoints.newest()
         if world_size() > 1:
@@ -346,9 +288,10 @@ class Trainer:
             configure(self.step.optimizer, self.config.optim)
             if self.saved.scaler:  # empty if the run had none until now
                 self.step.scaler.load_state_dict(self.saved.scaler)
-            self.warned["bad"] = self.saved.bad_samples
             self.checkpointed_at = self.saved.step
         self.positions = torch.tensor(self.saved.positions, dtype=torch.int64)
+        self.account.resumed(self.saved, self.attempt)
+        self.first_epoch = self._epoch
         # One rank reads the file for all: they must not disagree on what comes next.
         made = evaluated_at(self.path / "metrics.jsonl", self.saved.samples_seen) if self.runtime.is_main else 0
         self.evaluated_at = int(total(torch.tensor([made], device=self.runtime.device)))
@@ -400,7 +343,3 @@ class Trainer:
             if self.runtime.is_main:
                 log_event(self.path, "damaged_shard", shard=name, damage=damage)
         return sinks
-
-
-def _join(counts: dict[str, int], most: int | None = None) -> str:
-    return ", ".join(f"{count} x {what}" for what, count in islice(counts.items(), most))

@@ -246,6 +246,12 @@ def test_too_many_bad_samples_stop_the_run(recipe: list[str], world: int) -> Non
     assert "more than data.max_bad_fraction=0.001" in output and "worst shards: " in output
     result = json.loads((path / "result.json").read_text())
     assert (result["status"], result["exit_code"]) == ("failed", 4)
+    listed = [json.loads(line) for file in (path / "bad_samples").iterdir() for line in file.read_text().splitlines()]
+    assert {row["key"].partition("/")[0] for row in listed} <= {"00000.tar", "00001.tar", "00002.tar"}
+    assert all(row["reason"] and row["attempt"] == 1 and row["samples_seen"] for row in listed) and listed
+    if world == 1:
+        output = run(*short, "data.max_bad_fraction=null", "data.max_bad_fraction_per_shard=0.001", expect=4)
+        assert "samples of shard 0000" in output and "data.max_bad_fraction_per_shard=0.001" in output
     assert "done: " in run(*short, "data.max_bad_fraction=null"), "the same run goes on under another limit"
 
 

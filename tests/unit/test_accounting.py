@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clipscale.data.accounting import BadSamples, over_budget
+from clipscale.data.accounting import BadSamples, over_budget, worst_shard
 
 
 def test_counts_by_reason_and_shard() -> None:
@@ -29,3 +29,13 @@ def test_counts_by_reason_and_shard() -> None:
 )
 def test_the_budget(bad: int, used: int, limit: float | None, at_the_end: bool, verdict: bool) -> None:
     assert over_budget(bad, used, limit, at_the_end) is verdict
+
+
+def test_the_worst_shard() -> None:
+    bad = BadSamples()
+    bad.add([("no_image", "a.tar/1"), ("no_image", "a.tar/2"), ("no_caption", "b.tar/1")])
+    samples = {"a.tar": 100, "b.tar": 10}
+    assert worst_shard(bad, samples, 0.05, passes=1) == ("b.tar", 1, 10)
+    assert worst_shard(bad, samples, 0.1, passes=1) is None
+    assert worst_shard(bad, samples, 0.05, passes=2) is None, "each pass meets the same bad samples again"
+    assert worst_shard(BadSamples(), samples, 0.0, passes=1) is None
