@@ -18,6 +18,7 @@ from typing import Any
 
 from clipscale.config import Config, compose, load_config
 from clipscale.config.rundir import lock, open_run, write_result
+from clipscale.config.validate import usable_processes
 from clipscale.distributed import runtime as distributed
 from clipscale.errors import ClipscaleError, ExitCode
 
@@ -37,6 +38,7 @@ PACKAGES = (
 def main(arguments: list[str]) -> ExitCode:
     """Train as one rank. Returns the exit code; the first rank that fails says why and writes ``result.json``."""
     path: Path | None = None
+    store: Any = None
     logging.getLogger("clipscale").addHandler(logging.NullHandler())  # until the run has a directory to log to
     try:
         store = distributed.connect() if distributed.under_torchrun() else None
@@ -54,12 +56,21 @@ def main(arguments: list[str]) -> ExitCode:
     except Exception as error:
         traceback.print_exc()
         return _report(path, error, ExitCode.FAILED)
+    finally:
+        if store is not None and os.environ["RANK"] == "0":
+            distributed.release_spares(store)
 
 
 def train(config: Config, path: Path, store: Any = None) -> ExitCode:
     """Train the run at ``path`` in this process, a rank among those that torchrun started or alone."""
-    held = lock(path) if int(os.environ.get("RANK", 0)) == 0 else None
-    runtime = distributed.start(config.device.value, config.distributed.timeout_s, store)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    assert config.data.streams is not None, "open_run records the number of streams"
+    usable = usable_processes(config.data.streams, world)
+    if rank >= usable:
+        distributed.stand_by(store)
+        return ExitCode.DONE
+    held = lock(path) if rank == 0 else None
+    runtime = distributed.start(config.device.value, config.distributed.timeout_s, store, spares=world - usable)
     _log_to(path / "logs" / f"rank{runtime.rank}.log")
     if runtime.is_main:
         (path / "result.json").unlink(missing_ok=True)
@@ -76,7 +87,7 @@ def train(config: Config, path: Path, store: Any = None) -> ExitCode:
 
 def _open(overrides: list[str]) -> Path:
     config, experiment = compose(overrides)
-    return open_run(config, experiment, overrides, world=int(os.environ.get("WORLD_SIZE", 1))).path
+    return open_run(config, experiment, overrides).path
 
 
 def _shared_path(store: Any, overrides: list[str]) -> Path:

@@ -36,7 +36,7 @@ def evaluate(run: Path, overrides: Sequence[str], device: str, as_json: bool) ->
     model, _, tokenizer = load(path, str(runtime.device))
     context = eval_context(config, model, tokenizer, runtime.device)
     data = place_data(config.data, runtime)
-    evaluators = build_evaluators(data, build_store(config), config.model.vision.image_size, config.global_batch_size)
+    evaluators = build_evaluators(data, build_store(config), config.model.vision, config.global_batch_size)
     if not evaluators:
         raise ConfigError(
             "nothing to evaluate: set data.val.shards=… or data.zeroshot.shards=… data.zeroshot.classes=…"
@@ -55,7 +55,7 @@ def evaluate(run: Path, overrides: Sequence[str], device: str, as_json: bool) ->
 
 def _override(config: Config, overrides: Sequence[str]) -> Config:
     changed = override(config, overrides, ("data.", "eval."))
-    validate(changed, world=1)
+    validate(changed)
     named = {key for key, _, value in (o.partition("=") for o in overrides) if value not in ("null", "0")}
     if changed.data.builtin is not Builtin.none and named & {"data.root", "data.val.shards", "data.zeroshot.shards"}:
         # Other data than what clipscale rendered: all of it is the user's, so what was not named is not there.

@@ -38,7 +38,8 @@ def load(
         read_tensors(path, {"model": weights | buffers})
     model.eval().to(device)
     tokenizer = build_tokenizer(config.tokenizer, config.model)
-    return model, partial(preprocess, size=config.model.vision.image_size), tokenizer
+    vision = config.model.vision
+    return model, partial(preprocess, size=vision.image_size, mode=vision.resize_mode), tokenizer
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Config]:

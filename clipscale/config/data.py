@@ -9,11 +9,19 @@ from typing import Any
 from clipscale.config.fields import fixed, free, group
 
 
+class LongCaption(Enum):
+    """What is kept of a caption that does not fit."""
+
+    head = "head"
+    random_sentence = "random_sentence"
+
+
 class Builtin(Enum):
     """Data that clipscale renders itself."""
 
     none = "none"
     shapes = "shapes"
+    synthetic = "synthetic"  # random tensors, to measure training without its data
 
 
 @dataclass
@@ -34,6 +42,14 @@ class Shapes:
     """Seed of the scenes."""
     shuffle_captions: bool = fixed(False)
     """A control: training captions are dealt to other images, so every metric must stay at chance."""
+
+
+@dataclass
+class Synthetic:
+    """Random tensors in place of samples; used when `data.builtin=synthetic`."""
+
+    samples: int = fixed(1_000_000)
+    """Samples of an epoch."""
 
 
 @dataclass
@@ -76,6 +92,7 @@ class Data:
     builtin: Builtin = fixed(Builtin.none)
     """Data rendered on this machine instead of shards of yours."""
     shapes: Shapes = group(Shapes)
+    synthetic: Synthetic = group(Synthetic)
     root: str | None = free(None)
     """Directory against which relative shard names resolve; data may move between resumes."""
     index: str | None = free(None)
@@ -87,10 +104,21 @@ class Data:
     """Members of a sample that may hold the image, in order of preference."""
     caption_key: str = fixed("txt")
     """Where the caption stands: a member such as `txt`, or `json:FIELD`; of a list, one caption is drawn per view."""
-    crop_scale: list[float] = fixed([0.9, 1.0])
-    """Area range of the random resized crop, as shares of the image; [1, 1] with crop_ratio [1, 1] is no crop."""
+    clean_captions: bool = fixed(False)
+    """Take web addresses, HTML tags and control characters out of training captions."""
+    long_caption: LongCaption = fixed(LongCaption.head)
+    """What training takes of a caption longer than the context: its `head`, or from a `random_sentence` on."""
+    crop_scale: list[float] | None = fixed([0.9, 1.0])
+    """Area range of the random resized crop, as shares of the image; null: no random crop, training sees pictures as
+    evaluation does (`model.vision.resize_mode`)."""
     crop_ratio: list[float] = fixed([0.75, 1.3333333333333333])
     """Aspect-ratio range of the random resized crop."""
+    color_jitter: list[float] | None = fixed(None)
+    """Strengths of random brightness, contrast, saturation and hue, e.g. [0.4, 0.4, 0.4, 0.1]; null changes none."""
+    color_jitter_prob: float = fixed(0.8)
+    """How often colours are jittered, where `color_jitter` is set."""
+    grayscale_prob: float = fixed(0.0)
+    """How often an image loses its colours."""
     max_pixels: int = fixed(100_000_000)
     """Images with more pixels are refused before they are decoded, and counted."""
     max_bad_fraction: float | None = free(0.1)

@@ -16,6 +16,14 @@ class Activation(Enum):
     quickgelu = "quickgelu"
 
 
+class ResizeMode(Enum):
+    """How a picture of any shape becomes square, outside of training's random crop."""
+
+    shortest = "shortest"  # the shorter side fits, the longer one is cut
+    longest = "longest"  # the longer side fits, the rest is white
+    squash = "squash"  # both sides fit, the proportions are lost
+
+
 @dataclass
 class Vision:
     """The image tower: any timm architecture."""
@@ -24,6 +32,8 @@ class Vision:
     """timm model name."""
     image_size: int = fixed(224)
     """Side of the square input image, in pixels."""
+    resize_mode: ResizeMode = fixed(ResizeMode.shortest)
+    """How a picture becomes square: `shortest` cuts the longer side (CLIP), `longest` adds white, `squash` distorts."""
     patch_size: int | None = fixed(None)
     """Patch side of a ViT in pixels; null keeps the architecture's own."""
     width: int | None = fixed(None)

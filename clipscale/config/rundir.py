@@ -29,13 +29,13 @@ class Run:
     """Event keys that differ from the recorded configuration, as ``(before, now)``."""
 
 
-def open_run(config: Config, experiment: str, overrides: Sequence[str], world: int) -> Run:
+def open_run(config: Config, experiment: str, overrides: Sequence[str]) -> Run:
     """Create the run's directory, or join it if it exists, and record the configuration.
 
-    Raises ConfigError when the configuration cannot be run by ``world`` processes, when a fixed key differs from what
-    the directory records, or when it cannot be written.
+    Raises ConfigError when the configuration cannot be run, when a fixed key differs from what the directory records,
+    or when it cannot be written.
     """
-    validate(config, world)
+    validate(config)
     if config.name is None:
         config.name = f"{experiment}-{identity(config)}"
     run = Run(Path(config.runs_dir, config.name), config)
@@ -47,7 +47,7 @@ def open_run(config: Config, experiment: str, overrides: Sequence[str], world: i
         _join(run, load_config(recorded))
     else:
         config.data.streams = config.data.streams or default_streams(config.global_batch_size)
-    validate(config, world)
+    validate(config)
     try:
         (run.path / "logs").mkdir(parents=True, exist_ok=True)
         save_config(config, recorded)

@@ -16,9 +16,14 @@ def default_streams(global_batch_size: int) -> int:
     return next(v for v in range(min(MAX_STREAMS, global_batch_size), 0, -1) if global_batch_size % v == 0)
 
 
-def validate(config: Config, world: int) -> None:
-    """Check that ``world`` processes can run this configuration. Raises ConfigError that lists all that is wrong."""
-    found = [*_sizes(config), *_batch(config, world), *_data(config), *_training(config)]
+def usable_processes(streams: int, world: int) -> int:
+    """How many of ``world`` processes can share the streams evenly: the largest divisor of their number."""
+    return next(count for count in range(min(world, streams), 0, -1) if streams % count == 0)
+
+
+def validate(config: Config) -> None:
+    """Check that this configuration can be run. Raises ConfigError that lists all that is wrong."""
+    found = [*_sizes(config), *_batch(config), *_data(config), *_training(config)]
     if len(found) == 1:
         raise ConfigError(found[0])
     if found:
@@ -66,34 +71,32 @@ def _sizes(config: Config) -> Iterator[str]:
         yield f"data.window={config.data.window} must be 1 or more; null chooses it"
 
 
-def _batch(config: Config, world: int) -> Iterator[str]:
-    batch = config.global_batch_size
-    if batch < 1:
-        return
-    if batch % world:
-        nearest = max(world, round(batch / world) * world)
-        yield f"global_batch_size={batch} is not divisible by {world} processes; use global_batch_size={nearest}"
-        return
-    streams = config.data.streams or default_streams(batch)
-    if config.data.streams is not None and (config.data.streams < 1 or batch % config.data.streams):
+def _batch(config: Config) -> Iterator[str]:
+    batch, streams = config.global_batch_size, config.data.streams
+    if batch >= 1 and streams is not None and (streams < 1 or batch % streams):
         yield (
-            f"data.streams={config.data.streams} does not divide global_batch_size={batch}; "
-            f"use data.streams={default_streams(batch)}, or, for a run that has them, global_batch_size="
-            f"{-(-batch // max(config.data.streams, 1)) * max(config.data.streams, 1)}"
+            f"data.streams={streams} does not divide global_batch_size={batch}; use data.streams="
+            f"{default_streams(batch)}, or, for a run that has them, global_batch_size="
+            f"{-(-batch // max(streams, 1)) * max(streams, 1)}"
         )
-    elif streams % world:
-        usable = max((v for v in range(world, batch + 1, world) if batch % v == 0 and v <= 4096), default=batch)
-        yield f"data.streams={streams} is not divisible by {world} processes; use data.streams={usable}"
 
 
 def _data(config: Config) -> Iterator[str]:
     data = config.data
     if data.builtin is Builtin.none and not data.train.shards:
         yield "data.train.shards is empty: give shards, e.g. data.train.shards=/data/{00000..00099}.tar, or data=shapes"
+    if data.synthetic.samples < 1:
+        yield f"data.synthetic.samples={data.synthetic.samples} must be above 0"
     if data.zeroshot.shards and not data.zeroshot.classes:
         yield "data.zeroshot.shards needs data.zeroshot.classes=FILE.json (or data.zeroshot.shards=null)"
-    if len(data.crop_scale) != 2 or not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
-        yield f"data.crop_scale={data.crop_scale} must be two shares of the image, e.g. data.crop_scale=[0.9,1.0]"
+    scale, jitter = data.crop_scale, data.color_jitter
+    if scale is not None and (len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1):
+        yield f"data.crop_scale={scale} must be two shares of the image, e.g. data.crop_scale=[0.9,1.0], or null"
+    if jitter is not None and (len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5):
+        yield f"data.color_jitter={jitter} must be four strengths, e.g. data.color_jitter=[0.4,0.4,0.4,0.1]"
+    for key, chance in (("color_jitter_prob", data.color_jitter_prob), ("grayscale_prob", data.grayscale_prob)):
+        if not 0 <= chance <= 1:
+            yield f"data.{key}={chance} must lie in [0, 1]"
     if len(data.crop_ratio) != 2 or not 0 < data.crop_ratio[0] <= data.crop_ratio[1]:
         yield f"data.crop_ratio={data.crop_ratio} must be two aspect ratios, e.g. data.crop_ratio=[0.75,1.3333]"
     budgets = {"max_bad_fraction": data.max_bad_fraction, "max_bad_fraction_per_shard": data.max_bad_fraction_per_shard}

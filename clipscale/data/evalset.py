@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from clipscale.config.model import Vision
 from clipscale.data.manifest import ShardFile, damages, summarise
 from clipscale.data.samples import BadSample, Member, decode_image, eval_crop, find_image
 from clipscale.data.stream import read_samples
@@ -41,7 +42,7 @@ class EvalSet:
     Args:
         files: the shards.
         image_keys: members that may hold the image.
-        size: side S of the images.
+        vision: side S of the images, and how they are made square.
         max_pixels: larger images count as bad.
         fields: functions from the raw sample to what an evaluator wants of it; may raise BadSample.
     """
@@ -50,15 +51,20 @@ class EvalSet:
         self,
         files: Sequence[ShardFile],
         image_keys: Sequence[str],
-        size: int,
+        vision: Vision,
         max_pixels: int,
         fields: Sequence[Any],
     ) -> None:
-        self._files, self._image_keys, self.size = files, image_keys, size
+        self._files, self._image_keys, self._vision = files, image_keys, vision
         self._max_pixels, self._fields = max_pixels, fields
         summaries = summarise(files)
         self._ends = np.cumsum([summary.samples for summary in summaries])
         self.damaged = damages(files, summaries)  # what is wrong with an archive, by file name
+
+    @property
+    def side(self) -> int:
+        """Side S of the images."""
+        return self._vision.image_size
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -81,6 +87,6 @@ class EvalSet:
                 raise BadSample(sample.problem)
             image = decode_image(find_image(sample, self._image_keys), self._max_pixels)
             fields = tuple(field(sample) for field in self._fields)
-            return EvalItem(eval_crop(image, self.size), fields, sample.key)
+            return EvalItem(eval_crop(image, self._vision.image_size, self._vision.resize_mode), fields, sample.key)
         except BadSample as error:
             return BadItem(str(error), sample.key)

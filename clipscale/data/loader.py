@@ -19,6 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from clipscale.config.data import LongCaption
+from clipscale.data.augment import change_colors
+from clipscale.data.captions import clean_caption, from_random_sentence
 from clipscale.data.manifest import ShardFile
 from clipscale.data.order import KeyedRandom, SampleOrder, mix
 from clipscale.data.samples import (
@@ -87,6 +90,8 @@ class SampleOptions:
     caption_key: str
     image: ImageOptions
     seed: int
+    clean_captions: bool = False
+    long_caption: LongCaption = LongCaption.head
 
 
 class _Prepared(NamedTuple):
@@ -110,16 +115,20 @@ def _stage(values: Sequence[Any], work: Callable[[int, Any], Any]) -> list[Any]:
     return [attempt(i, value) for i, value in enumerate(values)]
 
 
-def _draw(sample: Member, caption_key: str, random: KeyedRandom) -> str:
+def _draw(sample: Member, options: SampleOptions, random: KeyedRandom) -> str:
     if sample.problem:
         raise BadSample(sample.problem)
-    captions = find_captions(sample, caption_key)
+    captions = find_captions(sample, options.caption_key)
+    if options.clean_captions:
+        captions = [cleaned for caption in captions if (cleaned := clean_caption(caption))]
+        if not captions:
+            raise BadSample("empty_caption")
     return captions[random.below(len(captions))]
 
 
 def _cut(sample: Member, options: SampleOptions, random: KeyedRandom) -> torch.Tensor:
     image = decode_image(find_image(sample, options.image_keys), options.image.max_pixels)
-    return train_crop(image, options.image, random)
+    return change_colors(train_crop(image, options.image, random), options.image.colors, random)
 
 
 @dataclass
@@ -195,13 +204,19 @@ class _StreamReader(IterableDataset):
         """
         options, samples = self.options, [sample for _, _, sample in raw]
         randoms = [KeyedRandom(options.seed, stream, position) for stream, position, _ in raw]
-        captions = _stage(samples, lambda i, sample: _draw(sample, options.caption_key, randoms[i]))
-        texts = _stage(captions, lambda i, caption: self.tokenizer.encode(caption))
+        captions = _stage(samples, lambda i, sample: _draw(sample, options, randoms[i]))
+        texts = _stage(captions, lambda i, caption: self._encode(caption, randoms[i]))
         images = _stage(texts, lambda i, _: _cut(samples[i], options, randoms[i]))
         return [
             image if isinstance(image, BadSample) else _Prepared(sample.key, image, *text)
             for sample, image, text in zip(samples, images, texts, strict=True)
         ]
+
+    def _encode(self, caption: str, random: KeyedRandom) -> tuple[NDArray[np.int32], bool]:
+        ids, cut = self.tokenizer.encode(caption)
+        if cut and self.options.long_caption is LongCaption.random_sentence:
+            ids, _ = self.tokenizer.encode(from_random_sentence(caption, random))
+        return ids, cut
 
 
 class TrainLoader:

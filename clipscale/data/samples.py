@@ -7,7 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import center_crop
 
+from clipscale.config.model import ResizeMode
+from clipscale.data.augment import ColorOptions
 from clipscale.data.order import KeyedRandom
 
 
@@ -41,12 +43,17 @@ class Member:
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How training images are cut: side in pixels, ranges of area share and aspect ratio, largest pixel count."""
+    """How training images are cut: side in pixels, ranges of area share and aspect ratio, largest pixel count.
+
+    Without ``crop_scale`` they are cut as in evaluation, by ``resize_mode``.
+    """
 
     size: int
-    crop_scale: tuple[float, float]
+    crop_scale: tuple[float, float] | None
     crop_ratio: tuple[float, float]
     max_pixels: int
+    resize_mode: ResizeMode = ResizeMode.shortest
+    colors: ColorOptions = field(default_factory=ColorOptions)
 
 
 def find_image(sample: Member, image_keys: Sequence[str]) -> bytes:
@@ -147,6 +154,8 @@ def _to_rgb(image: Image.Image) -> torch.Tensor:
 
 def train_crop(image: torch.Tensor, options: ImageOptions, random: KeyedRandom) -> torch.Tensor:
     """CLIP's only augmentation, a random resized crop (paper, section 2.3): UInt8[3, H, W] to UInt8[3, S, S]."""
+    if options.crop_scale is None:
+        return eval_crop(image, options.size, options.resize_mode)
     height, width = image.shape[-2:]
     low, high = (math.log(ratio) for ratio in options.crop_ratio)
     for _ in range(10):
@@ -163,9 +172,22 @@ def train_crop(image: torch.Tensor, options: ImageOptions, random: KeyedRandom) 
     return _resize(image[:, top : top + h, left : left + w], (options.size, options.size))
 
 
-def eval_crop(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize the shorter side and cut the centre: UInt8[3, H, W] to UInt8[3, S, S]; CLIP's evaluation transform."""
+def eval_crop(image: torch.Tensor, size: int, mode: ResizeMode = ResizeMode.shortest) -> torch.Tensor:
+    """Resize to a square without chance: UInt8[3, H, W] to UInt8[3, S, S].
+
+    ``shortest``, CLIP's evaluation transform, fits the shorter side and cuts the centre; ``longest`` fits the longer
+    side on a white ground; ``squash`` fits both.
+    """
     height, width = image.shape[-2:]
+    if mode is ResizeMode.squash:
+        return _resize(image, (size, size))
+    if mode is ResizeMode.longest:
+        scale = size / max(height, width)
+        fitted = _resize(image, (max(1, round(height * scale)), max(1, round(width * scale))))
+        top, left = (size - fitted.shape[-2]) // 2, (size - fitted.shape[-1]) // 2
+        square = image.new_full((3, size, size), 255)
+        square[:, top : top + fitted.shape[-2], left : left + fitted.shape[-1]] = fitted
+        return square
     # The longer side is rounded down, as torchvision's Resize does.
     image = _resize(image, (size if height <= width else int(size * height / width),
                             size if width <= height else int(size * width / height)))  # fmt: skip
@@ -179,9 +201,9 @@ def _resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
 
 
-def preprocess(image: Image.Image, size: int) -> torch.Tensor:
+def preprocess(image: Image.Image, size: int, mode: ResizeMode = ResizeMode.shortest) -> torch.Tensor:
     """A PIL image as a model takes it: UInt8[3, S, S]."""
-    return eval_crop(_to_rgb(image), size)
+    return eval_crop(_to_rgb(image), size, mode)
 
 
 def pack(captions: Sequence[NDArray[np.int32]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -16,6 +18,9 @@ from clipscale.errors import ConfigError
 T = TypeVar("T")
 
 
+SPARES = "clipscale/spares"  # key of the store that lets them end
+
+
 @dataclass(frozen=True)
 class Runtime:
     """This process among its peers."""
@@ -24,6 +29,8 @@ class Runtime:
     world: int
     local_rank: int
     device: torch.device
+    spares: int = 0
+    """Processes beside these that idle, because the streams cannot be shared evenly by all."""
 
     @property
     def is_main(self) -> bool:
@@ -44,8 +51,7 @@ def connect() -> dist.Store:
 
 def share(store: dist.Store, key: str, make: Callable[[], str]) -> str:
     """Let rank 0 make a text and all ranks have it."""
-    # A restarted attempt meets the same store, so the key carries the attempt.
-    key = f"{key}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    key = _of_this_attempt(key)
     if int(os.environ["RANK"]) == 0:
         text = make()
         store.set(key, text)
@@ -53,12 +59,38 @@ def share(store: dist.Store, key: str, make: Callable[[], str]) -> str:
     return store.get(key).decode()
 
 
-def start(device: str, timeout_s: float, store: dist.Store | None = None) -> Runtime:
+def _of_this_attempt(key: str) -> str:
+    # A restarted attempt meets the same store.
+    return f"{key}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def stand_by(store: dist.Store) -> None:
+    """Idle, as a spare, until the ranks that train have ended."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: os._exit(0))  # there is nothing to save here
+    while True:
+        try:
+            return store.wait([_of_this_attempt(SPARES)], timedelta(minutes=1))
+        except dist.DistStoreError:  # not yet
+            continue
+        except RuntimeError:  # rank 0 is gone, and the store with it
+            return
+
+
+def release_spares(store: dist.Store) -> None:
+    """Let the spares end."""
+    with suppress(RuntimeError):
+        store.set(_of_this_attempt(SPARES), "1")
+
+
+def start(device: str, timeout_s: float, store: dist.Store | None = None, spares: int = 0) -> Runtime:
     """Choose the device and, under torchrun, start the process group (nccl on CUDA, gloo elsewhere).
+
+    The last ``spares`` of torchrun's processes do not take part.
 
     Raises ConfigError when CUDA is asked for and there is none.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) - spares
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch sees no CUDA device here; use device=cpu or device=auto")
@@ -80,7 +112,7 @@ def start(device: str, timeout_s: float, store: dist.Store | None = None) -> Run
             timeout=timedelta(seconds=timeout_s),
             device_id=place if use_cuda else None,
         )
-    return Runtime(rank, world, local_rank, place)
+    return Runtime(rank, world, local_rank, place, spares)
 
 
 def stop() -> None:

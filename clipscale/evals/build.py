@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from clipscale.config.data import Data
+from clipscale.config.model import Vision
 from clipscale.data.evalset import BadItem, EvalSet
 from clipscale.data.io import ShardStore, resolve
 from clipscale.data.manifest import expand_shards
@@ -20,7 +21,7 @@ from clipscale.evals.zeroshot import Classes, ZeroshotEvaluator
 PROBED = 16  # samples read before training, so that a wrong key is known then
 
 
-def build_evaluators(data: Data, store: ShardStore, image_size: int, loss_batch_size: int) -> list[Evaluator]:
+def build_evaluators(data: Data, store: ShardStore, vision: Vision, loss_batch_size: int) -> list[Evaluator]:
     """Evaluators for ``data.val`` and ``data.zeroshot``; a set whose shards are null has none.
 
     Raises DataError for shards or class files that are not there, samples of which none can be used, and labels
@@ -29,12 +30,12 @@ def build_evaluators(data: Data, store: ShardStore, image_size: int, loss_batch_
     found: list[Evaluator] = []
     if data.val.shards:
         fields = (partial(find_captions, caption_key=data.caption_key), partial(_answers, data=data))
-        pairs = _eval_set(data, store, data.val.shards, "data.val.shards", image_size, fields)
+        pairs = _eval_set(data, store, data.val.shards, "data.val.shards", vision, fields)
         found.append(RetrievalEvaluator(pairs, loss_batch_size))
     if data.zeroshot.shards:
         classes = Classes.load(store, resolve(str(data.zeroshot.classes), data.root))
         label = (partial(_label, key=data.zeroshot.label_key),)
-        images = _eval_set(data, store, data.zeroshot.shards, "data.zeroshot.shards", image_size, label)
+        images = _eval_set(data, store, data.zeroshot.shards, "data.zeroshot.shards", vision, label)
         classes.check([item.fields[0] for item in images.read(0, PROBED) if not isinstance(item, BadItem)])
         found.append(ZeroshotEvaluator(images, classes))
     return found
@@ -46,10 +47,10 @@ def damaged_shards(evaluators: Sequence[Evaluator]) -> dict[str, str]:
 
 
 def _eval_set(
-    data: Data, store: ShardStore, shards: Any, key: str, size: int, fields: tuple[Callable[[Member], Any], ...]
+    data: Data, store: ShardStore, shards: Any, key: str, vision: Vision, fields: tuple[Callable[[Member], Any], ...]
 ) -> EvalSet:
     files = expand_shards(shards, data.root, key, store, data.index)
-    evalset = EvalSet(files, data.image_keys, size, data.max_pixels, fields)
+    evalset = EvalSet(files, data.image_keys, vision, data.max_pixels, fields)
     if not len(evalset):
         raise DataError(f"{key}={shards} holds no samples; null turns this evaluation off")
     bad: Counter[str] = Counter()

@@ -56,7 +56,7 @@ class EvalContext:
             read = images.read(start, stop)
             pixels = [item.image for item in read if isinstance(item, EvalItem)]
             # A forward pass of a sharded model is a collective: a batch without a usable image takes part too.
-            stacked = torch.stack(pixels) if pixels else torch.zeros(1, 3, images.size, images.size).byte()
+            stacked = torch.stack(pixels) if pixels else torch.zeros(1, 3, images.side, images.side).byte()
             features = self.model.encode_image(stacked.to(self.device), normalize=True)[: len(pixels)]
             return features, [item.without_image() if isinstance(item, EvalItem) else item for item in read]
 

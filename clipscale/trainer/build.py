@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from clipscale.config import Config
 from clipscale.config.data import Builtin, Data
+from clipscale.data.augment import ColorOptions
 from clipscale.data.index import cache_dir
 from clipscale.data.io import ShardStore
 from clipscale.data.loader import SampleOptions, TrainLoader
@@ -24,6 +25,8 @@ from clipscale.data.manifest import ShardFile, Summary, damages, expand_shards, 
 from clipscale.data.order import SampleOrder, Shard
 from clipscale.data.samples import ImageOptions
 from clipscale.data.shapes import ShapesSpec, ensure_shapes, train_shards
+from clipscale.data.stream import read_samples
+from clipscale.data.synthetic import SyntheticLoader
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.distributed.collectives import ALONE, whole
 from clipscale.distributed.runtime import Runtime
@@ -37,6 +40,7 @@ T = TypeVar("T")
 
 WINDOW_BYTES = 2 * 1024**3
 WINDOW_RANGE = (16, 4096)
+PROBED = 16  # samples that tell how large the others are
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class TrainData:
 
 def place_data(data: Data, runtime: Runtime) -> Data:
     """The data with root and shards filled in: built-in scenes are rendered if this machine does not have them yet."""
-    if data.builtin is Builtin.none:
+    if data.builtin is not Builtin.shapes:
         return data
     spec = ShapesSpec(**vars(data.shapes))
     root = once_per_node(runtime, lambda: _render(spec))
@@ -92,6 +96,9 @@ def build_train_data(config: Config, data: Data, store: ShardStore, runtime: Run
     Chooses ``data.window`` if it is null, and records it in ``config``. Raises DataError or ConfigError for shards that
     are absent, empty or unreadable, and for weights that do not match the sources.
     """
+    if data.builtin is Builtin.synthetic:
+        config.data.window = config.data.window or WINDOW_RANGE[0]
+        return TrainData([], _order(config, [Shard("synthetic", data.synthetic.samples)], None), {})
     files = once_per_node(
         runtime, lambda: expand_shards(data.train.shards, data.root, "data.train.shards", store, data.index)
     )
@@ -101,38 +108,61 @@ def build_train_data(config: Config, data: Data, store: ShardStore, runtime: Run
     if not samples:
         why = "".join(f"\n  {name} {damage}" for name, damage in islice(damaged.items(), 5))
         raise DataError(f"data.train.shards={data.train.shards}: the {len(files)} shards hold no sample{why}")
-    streams = config.data.streams
-    assert streams is not None, "open_run records the number of streams"
     if config.data.window is None:
+        assert config.data.streams is not None, "open_run records the number of streams"
         mean_bytes = _mean_bytes(files, summaries)
-        config.data.window = int(np.clip(WINDOW_BYTES / (streams * mean_bytes), *WINDOW_RANGE))
+        config.data.window = int(np.clip(WINDOW_BYTES / (config.data.streams * mean_bytes), *WINDOW_RANGE))
+    shards = [Shard(file.name, found.samples, file.source) for file, found in zip(files, summaries, strict=True)]
+    return TrainData(files, _order(config, shards, data.train.weights), damaged)
+
+
+def _order(config: Config, shards: Sequence[Shard], weights: Sequence[float] | None) -> SampleOrder:
+    streams, window = config.data.streams, config.data.window
+    assert streams is not None and window is not None
     try:
-        shards = [Shard(file.name, found.samples, file.source) for file, found in zip(files, summaries, strict=True)]
-        order = SampleOrder(shards, data.train.weights, config.seed, streams, config.data.window)
+        return SampleOrder(shards, weights, config.seed, streams, window)
     except ValueError as error:
         raise ConfigError(f"data.train.shards, data.train.weights: {error}") from None
-    return TrainData(files, order, damaged)
 
 
 def _mean_bytes(files: Sequence[ShardFile], summaries: Sequence[Summary]) -> float:
-    """Bytes of a sample, over the shards whose size is known; of the rest the first one is asked."""
+    """Bytes of a sample, over the shards whose size is known; where none is, over the first samples that there are."""
     known = [summary for summary in summaries if summary.size and summary.samples]
-    if not known:
-        index = files[0].index
-        return float(index.offsets[-1]) / max(index.samples, 1)
-    return sum(summary.size or 0 for summary in known) / sum(summary.samples for summary in known)
+    if known:
+        return sum(summary.size or 0 for summary in known) / sum(summary.samples for summary in known)
+    file = next(file for file, summary in zip(files, summaries, strict=True) if summary.samples)
+    first = list(read_samples(file, 0, min(PROBED, file.summary.samples)))
+    return max(1.0, sum(len(data) for sample in first for data in sample.members.values()) / len(first))
 
 
 def build_loader(
     config: Config, train: TrainData, positions: NDArray[np.int64], tokenizer: Tokenizer, runtime: Runtime
-) -> TrainLoader:
+) -> TrainLoader | SyntheticLoader:
     """This rank's batches from ``positions`` Int64[V] on."""
     data = config.data
+    if data.builtin is Builtin.synthetic:
+        return SyntheticLoader(
+            train.order,
+            positions,
+            rank=runtime.rank,
+            world=runtime.world,
+            global_batch_size=config.global_batch_size,
+            image_size=config.model.vision.image_size,
+            tokenizer=tokenizer,
+            pin_memory=runtime.device.type == "cuda",
+        )
+    vision, jitter, scale = config.model.vision, data.color_jitter, data.crop_scale
     image = ImageOptions(
-        config.model.vision.image_size,
-        (data.crop_scale[0], data.crop_scale[1]),
+        vision.image_size,
+        None if scale is None else (scale[0], scale[1]),
         (data.crop_ratio[0], data.crop_ratio[1]),
         data.max_pixels,
+        vision.resize_mode,
+        ColorOptions(
+            None if jitter is None else (jitter[0], jitter[1], jitter[2], jitter[3]),
+            data.color_jitter_prob,
+            data.grayscale_prob,
+        ),
     )
     return TrainLoader(
         train.order,
@@ -141,7 +171,9 @@ def build_loader(
         rank=runtime.rank,
         world=runtime.world,
         global_batch_size=config.global_batch_size,
-        options=SampleOptions(tuple(data.image_keys), data.caption_key, image, config.seed),
+        options=SampleOptions(
+            tuple(data.image_keys), data.caption_key, image, config.seed, data.clean_captions, data.long_caption
+        ),
         tokenizer=tokenizer,
         workers=data.workers,
         pin_memory=runtime.device.type == "cuda",

@@ -58,8 +58,7 @@ class Trainer:
         self.ema = Ema(self.model, config.ema.decay) if config.ema.decay is not None else None
         scaler = build_scaler(config.precision.name, runtime.device)
         self.step = TrainStep(config, runtime, laid_out.module, self.model, optimizer, scaler, self.ema)
-        image_size = config.model.vision.image_size
-        self.evaluators = build_evaluators(self.data, self.store, image_size, config.global_batch_size)
+        self.evaluators = build_evaluators(self.data, self.store, config.model.vision, config.global_batch_size)
         self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
         self.saved = Saved(positions=[0] * self.train.order.streams, fingerprint=self.train.order.fingerprint)
         self.account = Account(config, self.path, runtime, self.train)
@@ -336,6 +335,13 @@ class Trainer:
             f"  data {self.train.samples:,} samples in {len(order.shards)} shards; {order.streams} streams, "
             f"windows of {order.window_size}"
         )
+        if self.runtime.spares:
+            started = self.runtime.world + self.runtime.spares
+            say(
+                f"warning: {self.runtime.spares} of {started} processes idle: {order.streams} streams cannot be shared "
+                f"evenly by more than {self.runtime.world}; a new run would use all with a global_batch_size that is a "
+                f"multiple of {started}"
+            )
         if any(file.location.startswith(PIPE) for file in self.train.files):
             say("warning: pipe: shards are read from their beginning for each part of them; other locations are faster")
         for name, damage in (self.train.damaged | damaged_shards(self.evaluators)).items():

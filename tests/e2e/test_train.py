@@ -20,7 +20,9 @@ import torch
 from PIL import Image
 
 import clipscale
-from tests.shards import write_shards
+from clipscale.data.manifest import ShardFile
+from clipscale.data.stream import read_samples
+from tests.shards import STORE, write_shards
 
 BATCH, STEPS = 32, 60
 ROOT = Path(__file__).parents[2]
@@ -358,3 +360,32 @@ def test_cfg_job_prints_and_trains_nothing(tmp_path: Path) -> None:
     output = run(f"runs_dir={tmp_path}/runs", "--cfg", "job")
     assert "global_batch_size: 128" in output
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_process_too_many_idles(undisturbed: tuple[Path, str], recipe: list[str]) -> None:
+    output = run(*recipe, "name=spare", "cluster.processes_per_node=3", f"total_samples={BATCH * 10}")
+    assert "1 of 3 processes idle: 32 streams" in output and "2 x cpu" in output
+    traced = keys(Path(recipe[0].removeprefix("runs_dir=")) / "spare")
+    assert traced == {step: names for step, names in keys(undisturbed[0]).items() if step <= 10}
+
+
+def test_a_table_trains_without_packing(recipe: list[str], data: Path, tmp_path: Path) -> None:
+    rows = ["image,caption"]
+    for number, one in enumerate(read_samples(ShardFile(STORE, str(data / "val" / "00000.tar")), 0, 40)):
+        (tmp_path / f"{number}.jpg").write_bytes(one.members["jpg"])
+        rows.append(f'{number}.jpg,"{one.members["txt"].decode()}"')
+    (tmp_path / "pairs.csv").write_text("\n".join([*rows, "nowhere.jpg,lost"]))
+    table = [*recipe, "name=table", f"data.root={tmp_path}", "data.train.shards=pairs.csv", "data.caption_key=txt"]
+    output = run(*table, "data.val.shards=null", "data.zeroshot.shards=null", f"total_samples={BATCH * 4}")
+    assert "data 41 samples" in output and "missing_image" in output
+    traced = keys(Path(recipe[0].removeprefix("runs_dir=")) / "table")
+    seen = Counter(key for names in traced.values() for key in names)
+    assert set(seen) == {f"pairs.csv/{number}" for number in range(40)} and max(seen.values()) - min(seen.values()) <= 1
+
+
+def test_synthetic_data(recipe: list[str]) -> None:
+    kept = [
+        one for one in recipe if not one.startswith(("data=", "data.root", "data.train", "data.val", "data.zeroshot"))
+    ]
+    output = run(*kept, "data=synthetic", "name=synthetic", f"total_samples={BATCH * 4}", "data.synthetic.samples=100")
+    assert "done: " in output and "data 100 samples" in output

@@ -18,6 +18,7 @@ from clipscale.config.resume import differences, identity
 from clipscale.config.rundir import log_event, open_run
 from clipscale.config.running import Strategy
 from clipscale.config.schema import Config
+from clipscale.config.validate import usable_processes
 from clipscale.errors import ConfigError
 from clipscale.losses import LOSSES
 from clipscale.optim import SCHEDULES
@@ -41,7 +42,7 @@ def test_every_option_composes(option: str) -> None:
 def test_every_experiment_composes_and_is_valid(name: str) -> None:
     config, experiment = compose([f"experiment={name}"])
     assert experiment == name
-    validate(config, config.cluster.nodes * config.cluster.processes_per_node)
+    validate(config)
     header = (config_dir() / "experiment" / f"{name}.yaml").read_text().splitlines()
     assert header[0] == "# @package _global_"
     assert any("clipscale train" in line or "launch/" in line for line in header if line.startswith("#"))
@@ -99,45 +100,44 @@ def test_brace_patterns_need_no_quotes() -> None:
 
 
 def test_all_cross_field_mistakes_come_at_once() -> None:
-    config, _ = compose(["optim.lr=-1", "global_batch_size=100", "data.crop_scale=[2,3]", "ema.decay=2"])
+    config, _ = compose(["optim.lr=-1", "data.streams=3", "data.crop_scale=[2,3]", "ema.decay=2"])
     with pytest.raises(ConfigError) as caught:
-        validate(config, 3)
+        validate(config)
     text = str(caught.value)
     assert text.startswith("4 mistakes:")
-    for part in ("optim.lr=-1", "use global_batch_size=99", "data.crop_scale", "ema.decay=2.0"):
+    for part in ("optim.lr=-1", "data.streams=3 does not divide", "data.crop_scale", "ema.decay=2.0"):
         assert part in text
 
 
 @pytest.mark.parametrize(
-    ("overrides", "world", "message"),
+    ("overrides", "message"),
     [
-        (["data.streams=7"], 1, "use data.streams="),
-        (["data.streams=2"], 4, "is not divisible by 4 processes; use data.streams=128"),
-        (["data=shards"], 1, "data.train.shards is empty"),
-        (["data=shards", "data.train.shards=[]"], 1, "data.train.shards is empty"),
-        (["tokenizer.context_length=99"], 1, "model.context_length=99"),
-        (["schedule.warmup_samples=99999999"], 1, "schedule.warmup_samples"),
-        (["parallel.activation_checkpointing=some"], 1, "choose none or full"),
-        (["data.zeroshot.classes=null"], 1, "data.zeroshot.classes"),
-        (["model.text.heads=3"], 1, "model.text.heads"),
-        (["data.workers=-1"], 1, "data.workers"),
-        (["data.max_bad_fraction=1.5"], 1, "data.max_bad_fraction=1.5 must lie"),
-        (["model.mean=[0.5]"], 1, "three numbers each"),
-        (["model.std=[0,0,0]"], 1, "std above 0"),
-        (["model.embed_dim=0"], 1, "model.embed_dim=0 must be above 0"),
-        (["model.vision.patch_size=0"], 1, "model.vision.patch_size=0 must be above 0"),
-        (["model.vision.drop_path=1.5"], 1, "model.vision.drop_path"),
-        (["schedule.min_lr_ratio=-1"], 1, "schedule.min_lr_ratio"),
-        (["schedule.warmup_samples=-5"], 1, "must be 0 or more"),
-        (["optim.eps=-1"], 1, "optim.eps"),
-        (["seed=99999999999999999999"], 1, "seed=99999999999999999999 must lie"),
-        (["name=''"], 1, "is no name"),
+        (["data.streams=7"], "use data.streams="),
+        (["data=shards"], "data.train.shards is empty"),
+        (["data=shards", "data.train.shards=[]"], "data.train.shards is empty"),
+        (["tokenizer.context_length=99"], "model.context_length=99"),
+        (["schedule.warmup_samples=99999999"], "schedule.warmup_samples"),
+        (["parallel.activation_checkpointing=some"], "choose none or full"),
+        (["data.zeroshot.classes=null"], "data.zeroshot.classes"),
+        (["model.text.heads=3"], "model.text.heads"),
+        (["data.workers=-1"], "data.workers"),
+        (["data.max_bad_fraction=1.5"], "data.max_bad_fraction=1.5 must lie"),
+        (["model.mean=[0.5]"], "three numbers each"),
+        (["model.std=[0,0,0]"], "std above 0"),
+        (["model.embed_dim=0"], "model.embed_dim=0 must be above 0"),
+        (["model.vision.patch_size=0"], "model.vision.patch_size=0 must be above 0"),
+        (["model.vision.drop_path=1.5"], "model.vision.drop_path"),
+        (["schedule.min_lr_ratio=-1"], "schedule.min_lr_ratio"),
+        (["schedule.warmup_samples=-5"], "must be 0 or more"),
+        (["optim.eps=-1"], "optim.eps"),
+        (["seed=99999999999999999999"], "seed=99999999999999999999 must lie"),
+        (["name=''"], "is no name"),
     ],
 )
-def test_cross_field_mistakes(overrides: list[str], world: int, message: str) -> None:
+def test_cross_field_mistakes(overrides: list[str], message: str) -> None:
     config, _ = compose(overrides)
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
-        validate(config, world)
+        validate(config)
 
 
 def test_every_field_is_documented_and_marked() -> None:
@@ -188,32 +188,39 @@ def test_identity_ignores_where_the_data_lies() -> None:
 
 def test_open_run_joins_refuses_and_records(tmp_path: Path) -> None:
     where = [f"runs_dir={tmp_path}", "name=r"]
-    run = open_run(*compose(where), where, 1)
+    run = open_run(*compose(where), where)
     assert run.config.data.streams == 128
-    assert open_run(*compose([*where, "seed=1"]), where, 1).changes == {}, "a run that never began is corrected freely"
-    run = open_run(*compose(where), where, 1)
+    assert open_run(*compose([*where, "seed=1"]), where).changes == {}, "a run that never began is corrected freely"
+    run = open_run(*compose(where), where)
     log_event(run.path, "started")
     assert (run.path / "overrides.txt").read_text().splitlines() == where
-    again = open_run(*compose([*where, "optim.lr=0.5", "cluster=cpu2"]), where, 2)
+    again = open_run(*compose([*where, "optim.lr=0.5", "cluster=cpu2"]), where)
     assert again.changes == {"optim.lr": (1e-3, 0.5)}
     assert "config_changed" in (run.path / "events.jsonl").read_text()
     with pytest.raises(ConfigError, match=r"another configuration(.|\n)*seed: 0 in the run, 5 now"):
-        open_run(*compose([*where, "seed=5"]), where, 1)
+        open_run(*compose([*where, "seed=5"]), where)
     with pytest.raises(ConfigError, match="is less than"):
-        open_run(*compose([*where, "total_samples=9000"]), where, 1)
+        open_run(*compose([*where, "total_samples=9000"]), where)
 
 
 def test_open_run_keeps_the_recorded_streams(tmp_path: Path) -> None:
     where = [f"runs_dir={tmp_path}", "name=r"]
-    log_event(open_run(*compose([*where, "global_batch_size=64"]), where, 1).path, "started")
-    joined = open_run(*compose([*where, "global_batch_size=128"]), where, 1)
+    log_event(open_run(*compose([*where, "global_batch_size=64"]), where).path, "started")
+    joined = open_run(*compose([*where, "global_batch_size=128"]), where)
     assert joined.config.data.streams == 64
     with pytest.raises(ConfigError, match=r"data\.streams=64 does not divide global_batch_size=96"):
-        open_run(*compose([*where, "global_batch_size=96"]), where, 1)
+        open_run(*compose([*where, "global_batch_size=96"]), where)
 
 
 def test_an_unwritable_run_dir_is_one_line(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
-        open_run(*compose([f"runs_dir={blocker}/runs"]), [], 1)
+        open_run(*compose([f"runs_dir={blocker}/runs"]), [])
+
+
+@pytest.mark.parametrize(
+    ("streams", "world", "usable"), [(256, 1, 1), (256, 3, 2), (256, 8, 8), (255, 2, 1), (12, 5, 4), (4, 100, 4)]
+)
+def test_streams_are_shared_evenly(streams: int, world: int, usable: int) -> None:
+    assert usable_processes(streams, world) == usable

@@ -1,0 +1,55 @@
+"""Random tensors in place of samples: how fast training is when data cost nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from clipscale.data.loader import Batch
+from clipscale.data.order import SampleOrder
+from clipscale.data.samples import pack
+from clipscale.data.tokenizer import Tokenizer
+
+
+class SyntheticLoader:
+    """Batches as :class:`~clipscale.data.loader.TrainLoader` gives them, with one and the same random content.
+
+    Captions fill the whole context, which is the most a text tower can have to do.
+    """
+
+    def __init__(
+        self,
+        order: SampleOrder,
+        positions: NDArray[np.int64],
+        *,
+        rank: int,
+        world: int,
+        global_batch_size: int,
+        image_size: int,
+        tokenizer: Tokenizer,
+        pin_memory: bool,
+    ) -> None:
+        self._streams = np.array_split(np.arange(order.streams), world)[rank]
+        self._positions = positions[self._streams].copy()
+        self._per_stream = global_batch_size // order.streams
+        count, random = len(self._streams) * self._per_stream, np.random.default_rng([order.seed, rank])
+        words = random.integers(0, tokenizer.eot_id - 1, (count, tokenizer.context_length), dtype=np.int32)
+        words[:, -1] = tokenizer.eot_id
+        images = torch.from_numpy(random.integers(0, 256, (count, 3, image_size, image_size), dtype=np.uint8))
+        self._images, self._ids, self._lengths = (
+            tensor.pin_memory() if pin_memory else tensor for tensor in (images, *pack(list(words)))
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            start = self._positions.copy()
+            self._positions += self._per_stream
+            keys = [
+                f"synthetic/{stream}-{position + i}"
+                for stream, position in zip(self._streams, start, strict=True)
+                for i in range(self._per_stream)
+            ]
+            yield Batch(self._images, self._ids, self._lengths, torch.from_numpy(self._positions.copy()), keys)
