@@ -140,6 +140,13 @@ def test_hopeless_data_ends_with_the_reason(tmp_path: Path, tokenizer: Tokenizer
         batches(files, tokenizer, count=1)
 
 
+def test_a_stream_of_bad_samples_alone_ends_with_the_reason(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """As many samples as streams, in one shard: a stream meets the same sample in every epoch."""
+    files = shard_files(write_shards(tmp_path, [STREAMS], {3: {"txt": b"a"}}))
+    with pytest.raises(DataError, match="100 epochs hold no usable sample for stream 3 of 12: the data is too small"):
+        batches(files, tokenizer, count=1)
+
+
 def test_read_samples_from_anywhere(files: list[ShardFile]) -> None:
     everything = [s.key for s in read_samples(files[2], 0, 31)]
     assert everything == [f"00002.tar/{n:06d}" for n in range(27, 58)]
