@@ -40,6 +40,7 @@ from clipscale.distributed import GRACE_S
 from clipscale.errors import DataError
 
 HOPELESS = 50_000  # samples; if none of so many is usable, the keys are wrong
+STARVED = 100  # epochs; a stream that finds nothing usable in so many never will
 
 
 @dataclass
@@ -166,6 +167,7 @@ class _StreamReader(IterableDataset):
     ) -> Batch:
         made: list[list[_Prepared]] = [[] for _ in readers]
         bad: list[tuple[str, str]] = []
+        fed = positions.copy()  # behind the last good sample of each stream
         # What a stream lacks after a round, because samples were bad, it brings in the next one.
         while missing := [i for i, good in enumerate(made) for _ in range(self.per_stream - len(good))]:
             raw = [(i, *next(readers[i])) for i in missing]
@@ -177,8 +179,11 @@ class _StreamReader(IterableDataset):
                     bad.append((str(result), sample.key))
                 else:
                     made[i].append(result)
+                    fed[i] = position + 1
                     self.fruitful = True
-            if not self.fruitful and len(bad) >= HOPELESS:  # or it would read round and round for ever
+            if self.fruitful:
+                self._refuse_starvation(streams, fed, positions)
+            elif len(bad) >= HOPELESS:  # or it would read round and round for ever
                 reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(r for r, _ in bad).most_common(5))
                 raise DataError(
                     f"none of the first {len(bad)} samples is usable: {reasons}; check data.image_keys and "
@@ -195,6 +200,18 @@ class _StreamReader(IterableDataset):
             bad,
             sum(one.cut for one in good),
         )
+
+    def _refuse_starvation(
+        self, streams: NDArray[np.int64], fed: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> None:
+        """Raise DataError for a stream that meets the same bad samples in every epoch: it would read on for ever."""
+        for i in np.flatnonzero(positions - fed >= STARVED):
+            v, order = int(streams[i]), self.order
+            if order.epoch_at(v, int(positions[i])) - order.epoch_at(v, int(fed[i])) >= STARVED:
+                raise DataError(
+                    f"{STARVED} epochs hold no usable sample for stream {v} of {order.streams}: the data is too small "
+                    "for that many and some of it is bad; remove its bad samples or set data.streams lower"
+                )
 
     def _prepare(self, raw: Sequence[tuple[int, int, Member]]) -> list[_Prepared | BadSample]:
         """Raw samples of ``(stream, position)`` to tensors; a bad one becomes its reason.

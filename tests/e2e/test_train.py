@@ -13,7 +13,6 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,30 +21,11 @@ from PIL import Image
 import clipscale
 from clipscale.data.manifest import ShardFile
 from clipscale.data.stream import read_samples
+from tests.runs import command, keys, kill_everything, losses, rows, run
 from tests.shards import STORE, write_shards
 
 BATCH, STEPS = 32, 60
 ROOT = Path(__file__).parents[2]
-
-
-def command(*overrides: str) -> list[str]:
-    return [sys.executable, "-m", "clipscale.cli", "train", *overrides]
-
-
-def run(*overrides: str, expect: int = 0, timeout: float = 240) -> str:
-    done = subprocess.run(command(*overrides), capture_output=True, text=True, timeout=timeout)
-    output = done.stdout + done.stderr
-    assert done.returncode == expect, output
-    assert "Traceback" not in output, output
-    return output
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(path: Path) -> dict[int, float]:
-    return {row["samples_seen"]: row["train/loss"] for row in rows(path) if "train/loss" in row}
 
 
 @pytest.fixture(scope="module")
@@ -85,20 +65,6 @@ def undisturbed(recipe: list[str]) -> tuple[Path, str]:
     """The run that the others must equal."""
     output = run(*recipe, "name=undisturbed")
     return Path(recipe[0].removeprefix("runs_dir=")) / "undisturbed", output
-
-
-def keys(path: Path) -> dict[int, list[str]]:
-    """Trace of the last attempt at every step: the global batch, in order."""
-    steps: dict[int, dict[int, tuple[int, list[str]]]] = {}
-    for file in (path / "trace").glob("rank*.jsonl"):
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
-            before = steps.setdefault(row["step"], {})
-            if row["attempt"] >= max((a for a, _ in before.values()), default=0):
-                if any(a < row["attempt"] for a, _ in before.values()):
-                    before.clear()
-                before[row["rank"]] = (row["attempt"], row["keys"])
-    return {step: [k for rank in sorted(parts) for k in parts[rank][1]] for step, parts in steps.items()}
 
 
 def assert_equal_runs(path: Path, truth: Path, bound: float) -> None:
@@ -196,21 +162,9 @@ def test_killed_and_resumed_on_other_world_sizes(undisturbed: tuple[Path, str], 
             if (path / "metrics.jsonl").exists() and max(losses(path), default=0) >= goal:
                 break
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        _kill_ranks(path)
-        process.communicate(timeout=60)  # ends when nothing of the run is left to hold its output
+        kill_everything(process, path)
     run(*recipe, "name=killed", "cluster=cpu2", "parallel=fsdp")
     assert_equal_runs(path, undisturbed[0], 1e-4)
-
-
-def _kill_ranks(path: Path) -> None:
-    """Ranks that torchrun put into sessions of their own."""
-    for status in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(path / "config.yaml").encode() in status.read_bytes():
-                os.kill(int(status.parent.name), signal.SIGKILL)
-        except (OSError, ValueError):
-            continue
 
 
 @pytest.mark.parametrize(("world", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGTERM)])

@@ -1,4 +1,4 @@
-"""Batches are one global sequence, however many ranks and workers make them, wherever one starts."""
+"""Shards are read from anywhere and damage is told; what is hopeless ends. The batches: see test_exact.py."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from clipscale.data import loader
 from clipscale.data.index import ShardIndex, walk
-from clipscale.data.loader import Batch, SampleOptions, TrainLoader
+from clipscale.data.loader import SampleOptions, TrainLoader
 from clipscale.data.manifest import ShardFile, expand_shards
 from clipscale.data.order import SampleOrder
 from clipscale.data.samples import ImageOptions
@@ -20,7 +19,7 @@ from clipscale.data.tokenizer import Tokenizer
 from clipscale.errors import DataError
 from tests.shards import STORE, sample, shard_files, write_shard, write_shards
 
-BATCH, STREAMS = 24, 12
+STREAMS = 12
 BAD = {3: {"jpg": b"broken", "txt": b"x"}, 17: {"txt": b"no image"}, 40: {"jpg": sample(40)["jpg"]}}
 
 
@@ -44,81 +43,13 @@ def index(path: Path) -> ShardIndex:
     return ShardFile(STORE, str(path)).index
 
 
-def batches(
-    files: list[ShardFile], tokenizer: Tokenizer, *, world: int = 1, workers: int = 0, count: int = 8,
-    positions: np.ndarray | None = None,
-) -> list[Batch]:  # fmt: skip
-    """The global batches that ``world`` ranks make together."""
-    order = make_order(files)
-    start = np.zeros(STREAMS, np.int64) if positions is None else positions
+def make_loader(files: list[ShardFile], order: SampleOrder, tokenizer: Tokenizer, batch: int) -> TrainLoader:
+    """The batches of one rank from the start."""
     options = SampleOptions(("jpg",), "txt", ImageOptions(16, (0.5, 1.0), (0.75, 4 / 3), 10**6), 5)
-    ranks = [
-        islice(
-            TrainLoader(
-                order, files, start, rank=rank, world=world, global_batch_size=BATCH, options=options,
-                tokenizer=tokenizer, workers=workers, pin_memory=False,
-            ),
-            count,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    return [Batch.concatenate(parts) for parts in zip(*ranks, strict=True)]
-
-
-def assert_same(one: list[Batch], other: list[Batch]) -> None:
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
-        assert a.keys == b.keys
-        for name in ("images", "text_ids", "text_lengths", "positions"):
-            assert torch.equal(getattr(a, name), getattr(b, name)), name
-        assert sorted(a.bad) == sorted(b.bad)
-
-
-@pytest.mark.parametrize("world", [2, 3, 4, 6, 12])
-def test_any_world_size_makes_the_same_batches(files: list[ShardFile], tokenizer: Tokenizer, world: int) -> None:
-    assert_same(batches(files, tokenizer), batches(files, tokenizer, world=world))
-
-
-@pytest.mark.parametrize("workers", [1, 2, 5])
-def test_any_number_of_workers_makes_the_same_batches(
-    files: list[ShardFile], tokenizer: Tokenizer, workers: int
-) -> None:
-    assert_same(batches(files, tokenizer), batches(files, tokenizer, workers=workers))
-
-
-def test_more_workers_than_streams(files: list[ShardFile], tokenizer: Tokenizer) -> None:
-    assert_same(batches(files, tokenizer, count=2), batches(files, tokenizer, world=6, workers=3, count=2))
-
-
-@pytest.mark.parametrize("stop", [1, 3, 7])
-def test_resuming_goes_on_with_the_same_batches(files: list[ShardFile], tokenizer: Tokenizer, stop: int) -> None:
-    whole = batches(files, tokenizer, count=12)
-    cursor = whole[stop - 1].positions.numpy()
-    assert_same(whole[stop:], batches(files, tokenizer, count=12 - stop, positions=cursor, world=2))
-
-
-def test_batches_follow_the_order_and_count_the_bad(files: list[ShardFile], tokenizer: Tokenizer) -> None:
-    order = make_order(files)
-    made = batches(files, tokenizer, count=10)
-    expected, cursor = [], [0] * STREAMS
-    for _ in made:
-        for v in range(STREAMS):
-            wanted = len(expected) + BATCH // STREAMS
-            while len(expected) < wanted:
-                location = order.locate(v, cursor[v])
-                cursor[v] += 1
-                number = sum(order.shards[i].samples for i in range(location.shard)) + location.sample
-                if number not in BAD:
-                    expected.append(f"{order.shards[location.shard].name}/{number:06d}")
-    assert [key for batch in made for key in batch.keys] == expected
-    assert made[-1].positions.tolist() == cursor
-    passed_over = sum(cursor) - len(expected)
-    assert sum(len(batch.bad) for batch in made) == passed_over > 0
-    assert {reason for batch in made for reason, _ in batch.bad} == {
-        "undecodable_image",
-        "no_image",
-        "no_caption",
-    }
+    return TrainLoader(
+        order, files, np.zeros(order.streams, np.int64), rank=0, world=1, global_batch_size=batch, options=options,
+        tokenizer=tokenizer, workers=0, pin_memory=False,
+    )  # fmt: skip
 
 
 def test_a_long_bad_stretch_is_not_fatal(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,18 +58,21 @@ def test_a_long_bad_stretch_is_not_fatal(tmp_path: Path, tokenizer: Tokenizer, m
     order = SampleOrder([(file.name, file.index.samples) for file in files], None, 3, 1, 4)
     first = next(n for n in range(60) if order.locate(0, n).shard != 1)
     assert first < 50, "this seed begins with usable samples"
-    options = SampleOptions(("jpg",), "txt", ImageOptions(16, (0.5, 1.0), (0.75, 4 / 3), 10**6), 5)
-    made = TrainLoader(
-        order, files, np.zeros(1, np.int64), rank=0, world=1, global_batch_size=8, options=options,
-        tokenizer=tokenizer, workers=0, pin_memory=False,
-    )  # fmt: skip
+    made = make_loader(files, order, tokenizer, 8)
     assert sum(len(batch.bad) for batch in islice(made, 12)) >= 400
 
 
 def test_hopeless_data_ends_with_the_reason(tmp_path: Path, tokenizer: Tokenizer) -> None:
     files = shard_files(write_shards(tmp_path, [30], {n: {"txt": b"a"} for n in range(30)}))
     with pytest.raises(DataError, match=r"\d{5} x no_image; check data.image_keys"):
-        batches(files, tokenizer, count=1)
+        next(iter(make_loader(files, make_order(files), tokenizer, STREAMS)))
+
+
+def test_a_stream_of_bad_samples_alone_ends_with_the_reason(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """As many samples as streams, in one shard: a stream meets the same sample in every epoch."""
+    files = shard_files(write_shards(tmp_path, [STREAMS], {3: {"txt": b"a"}}))
+    with pytest.raises(DataError, match="100 epochs hold no usable sample for stream 3 of 12: the data is too small"):
+        next(iter(make_loader(files, make_order(files), tokenizer, STREAMS)))
 
 
 def test_read_samples_from_anywhere(files: list[ShardFile]) -> None:
