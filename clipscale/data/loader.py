@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -97,9 +98,21 @@ class SampleOptions:
 
 class _Prepared(NamedTuple):
     key: str
-    image: torch.Tensor
     ids: NDArray[np.int32]
     cut: bool
+
+
+def _room_for_images(count: int, size: int) -> torch.Tensor:
+    """UInt8[count, 3, size, size], to be filled; in a worker, in the memory that it shares with the trainer.
+
+    A batch of images is fresh memory each time, and the first touch of a page costs more than copying it: once is
+    enough, and numpy asks for large pages, which torch does not.
+    """
+    shape = (count, 3, size, size)
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty(shape, np.uint8))
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate function does
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
 
 
 def _stage(values: Sequence[Any], work: Callable[[int, Any], Any]) -> list[Any]:
@@ -166,12 +179,18 @@ class _StreamReader(IterableDataset):
         positions: NDArray[np.int64],
     ) -> Batch:
         made: list[list[_Prepared]] = [[] for _ in readers]
+        images = _room_for_images(len(readers) * self.per_stream, self.options.image.size)
         bad: list[tuple[str, str]] = []
         fed = positions.copy()  # behind the last good sample of each stream
         # What a stream lacks after a round, because samples were bad, it brings in the next one.
         while missing := [i for i, good in enumerate(made) for _ in range(self.per_stream - len(good))]:
             raw = [(i, *next(readers[i])) for i in missing]
-            prepared = self._prepare([(int(streams[i]), position, sample) for i, position, sample in raw])
+            empty = [iter(range(i * self.per_stream + len(good), len(images))) for i, good in enumerate(made)]
+            prepared = self._prepare(
+                [(int(streams[i]), position, sample) for i, position, sample in raw],
+                images,
+                [empty[i] for i in missing],
+            )
             for (i, position, sample), result in zip(raw, prepared, strict=True):
                 positions[i] = position + 1
                 bad += [("beyond_count", key) for key in sample.beyond]
@@ -192,7 +211,7 @@ class _StreamReader(IterableDataset):
         good = [one for stream in made for one in stream]
         packed, lengths = pack([one.ids for one in good])
         return Batch(
-            torch.stack([one.image for one in good]),
+            images,
             packed,
             lengths,
             torch.from_numpy(positions.copy()),
@@ -213,8 +232,12 @@ class _StreamReader(IterableDataset):
                     "for that many and some of it is bad; remove its bad samples or set data.streams lower"
                 )
 
-    def _prepare(self, raw: Sequence[tuple[int, int, Member]]) -> list[_Prepared | BadSample]:
-        """Raw samples of ``(stream, position)`` to tensors; a bad one becomes its reason.
+    def _prepare(
+        self, raw: Sequence[tuple[int, int, Member]], images: torch.Tensor, empty: Sequence[Iterator[int]]
+    ) -> list[_Prepared | BadSample]:
+        """Raw samples of ``(stream, position)`` to ids and to ``images``; a bad one becomes its reason.
+
+        A good one's image takes the next of the rows in ``images`` that are empty for its stream.
 
         Each stage goes through all samples: one sample after the other takes half as long again, because the stages
         drive each other out of the processor's caches.
@@ -223,11 +246,13 @@ class _StreamReader(IterableDataset):
         randoms = [KeyedRandom(options.seed, stream, position) for stream, position, _ in raw]
         captions = _stage(samples, lambda i, sample: _draw(sample, options, randoms[i]))
         texts = _stage(captions, lambda i, caption: self._encode(caption, randoms[i]))
-        images = _stage(texts, lambda i, _: _cut(samples[i], options, randoms[i]))
-        return [
-            image if isinstance(image, BadSample) else _Prepared(sample.key, image, *text)
-            for sample, image, text in zip(samples, images, texts, strict=True)
-        ]
+
+        def place(i: int, text: Any) -> _Prepared:
+            image = _cut(samples[i], options, randoms[i])
+            images[next(empty[i])] = image  # now, while it is in the processor's caches
+            return _Prepared(samples[i].key, *text)
+
+        return _stage(texts, place)
 
     def _encode(self, caption: str, random: KeyedRandom) -> tuple[NDArray[np.int32], bool]:
         ids, cut = self.tokenizer.encode(caption)

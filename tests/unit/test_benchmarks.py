@@ -1,0 +1,47 @@
+"""The benchmark of the loader measures what it says, on a few small pictures; the peer is not needed."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.loader_shards import ImageSet, make_shards
+from benchmarks.loader_side import Job, measure, rates
+
+TINY = ImageSet("tiny", 64, 48, 3000, 24, 2)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    root = tmp_path_factory.mktemp("bench")
+    make_shards(root, None, TINY)
+    return Job("clipscale", "first", str(root), TINY.pattern, TINY.samples, batch=8, turn=2, epochs=2)
+
+
+def test_the_shards_are_as_large_as_asked(job: Job) -> None:
+    lengths = []
+    for path in sorted(Path(job.root).glob("tiny-*.tar")):
+        with tarfile.open(path) as archive:
+            names = archive.getnames()
+            assert len(names) == 12 * 3 and {name.rpartition(".")[2] for name in names} == {"jpg", "txt", "json"}
+            lengths += [member.size for member in archive if member.name.endswith("jpg")]
+            file = archive.extractfile(names[0])
+            assert file is not None and Image.open(file).size == (64, 48)
+    assert np.mean(lengths) == pytest.approx(TINY.file_bytes, rel=0.1)
+
+
+def test_clipscales_side_of_every_measure(job: Job) -> None:
+    first = measure(job)
+    assert first["again"] == 0 and first["read_bytes"] > 12 * TINY.file_bytes
+    # 8 streams of 3 samples: after a batch each stands one into its window, after three at the start of the next.
+    assert measure(Job(**vars(job) | {"skip": 1}))["again"] == 8
+    assert measure(Job(**vars(job) | {"skip": 3}))["again"] == 0
+    memory = measure(Job(**vars(job) | {"measure": "memory"}))["resident_mb"]
+    assert len(memory) == 2 and all(process > 0 and workers == 0 for process, workers in memory)
+    for floats in (False, True):
+        answer = rates(Job(**vars(job) | {"measure": "rate", "floats": floats}))()
+        assert answer["per_s"] > 0 and answer["per_cpu_s"] > 0
