@@ -20,6 +20,8 @@ from torchvision.transforms.v2.functional import center_crop
 
 from clipscale.data.order import KeyedRandom
 
+LONGEST = 32  # times the shorter side: what an evaluation resizes of an image; it uses one times
+
 
 class BadSample(Exception):
     """A sample that cannot be trained on; the message is the reason under which it is counted."""
@@ -101,6 +103,8 @@ def decode_image(data: bytes, max_pixels: int) -> torch.Tensor:
             return _to_rgb(image)
     except BadSample:
         raise
+    except Image.DecompressionBombError as error:
+        raise BadSample("too_many_pixels") from error
     except Exception as error:
         raise BadSample("undecodable_image") from error
 
@@ -161,6 +165,9 @@ def train_crop(image: torch.Tensor, options: ImageOptions, random: KeyedRandom) 
 def eval_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     """Resize the shorter side and cut the centre: UInt8[3, H, W] to UInt8[3, S, S]; CLIP's evaluation transform."""
     height, width = image.shape[-2:]
+    if max(height, width) > LONGEST * min(height, width):  # resized whole, a few kB of an image could fill the memory
+        image = center_crop(image, [min(height, LONGEST * width), min(width, LONGEST * height)])
+        height, width = image.shape[-2:]
     # The longer side is rounded down, as torchvision's Resize does.
     image = _resize(image, (size if height <= width else int(size * height / width),
                             size if width <= height else int(size * width / height)))  # fmt: skip
