@@ -71,7 +71,7 @@ def _by_reason(found: BadSamples) -> dict[str, Any]:
 
 def print_report(report: Mapping[str, Any], output: Path) -> None:
     """Tables for people, and the verdict as the last lines."""
-    console = rich.console.Console(highlight=False)
+    console = rich.console.Console(highlight=False, emoji=False)
     for title, key in (("Samples that cannot be used", "reasons"), ("Used, but worth a look", "warnings")):
         if report[key]:
             console.print(_table(title, report[key], report["samples"]))
