@@ -111,8 +111,8 @@ def _room_for_images(count: int, size: int) -> torch.Tensor:
     shape = (count, 3, size, size)
     if get_worker_info() is None:
         return torch.from_numpy(np.empty(shape, np.uint8))
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate function does
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+    shared: Any = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate function does
+    return torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape)
 
 
 def _stage(values: Sequence[Any], work: Callable[[int, Any], Any]) -> list[Any]:

@@ -22,6 +22,8 @@ from clipscale.config.model import ResizeMode
 from clipscale.data.augment import ColorOptions
 from clipscale.data.order import KeyedRandom
 
+LONGEST = 32  # times the shorter side: what an evaluation resizes of an image; it uses one times
+
 
 class BadSample(Exception):
     """A sample that cannot be trained on; the message is the reason under which it is counted."""
@@ -113,6 +115,8 @@ def decode_image(data: bytes, max_pixels: int) -> torch.Tensor:
             return _to_rgb(image)
     except BadSample:
         raise
+    except Image.DecompressionBombError as error:
+        raise BadSample("too_many_pixels") from error
     except Exception as error:
         raise BadSample("undecodable_image") from error
 
@@ -188,6 +192,9 @@ def eval_crop(image: torch.Tensor, size: int, mode: ResizeMode = ResizeMode.shor
         square = image.new_full((3, size, size), 255)
         square[:, top : top + fitted.shape[-2], left : left + fitted.shape[-1]] = fitted
         return square
+    if max(height, width) > LONGEST * min(height, width):  # resized whole, a few kB of an image could fill the memory
+        image = center_crop(image, [min(height, LONGEST * width), min(width, LONGEST * height)])
+        height, width = image.shape[-2:]
     # The longer side is rounded down, as torchvision's Resize does.
     image = _resize(image, (size if height <= width else int(size * height / width),
                             size if width <= height else int(size * width / height)))  # fmt: skip

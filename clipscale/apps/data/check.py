@@ -1,0 +1,266 @@
+"""``clipscale data check``: every byte of every shard, and every sample as training would take it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TextIO
+
+from clipscale.apps.data.check_report import Report, print_report
+from clipscale.apps.data.examine import examine, labels, own_key, shown
+from clipscale.apps.data.jobs import MARKERS, Jobs
+from clipscale.apps.data.repeats import find_repeats, save_hashes, within
+from clipscale.apps.data.shards import all_samples, identity, named_shards
+from clipscale.apps.data.summaries import Top
+from clipscale.config.data import Data
+from clipscale.data.io import ELSEWHERE, PIPE, ShardStore
+from clipscale.data.manifest import ShardFile
+from clipscale.data.samples import BadSample, Member
+from clipscale.data.stream import read_samples
+from clipscale.errors import ConfigError, DataError, ExitCode
+
+SMALLEST = 16  # pixels; images below are mostly tracking pixels and icons
+WIDEST = 20  # longer side over the shorter one
+FREQUENT = 1000  # captions that are kept of a shard
+CAPTION_CHARACTERS = 200  # of what is kept of a caption
+
+_FILE_NAME = re.compile(
+    r"[\w\-. ()]+\.(jpe?g|png|gif|webp|bmp|tiff?|svg|avif|heic)|(img|dsc[nf]?|pict|dcim|image)[_-]?\d{3,}[\d_-]*",
+    re.IGNORECASE,
+)
+_URL = re.compile(r"(https?://|www\.)\S+", re.IGNORECASE)
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]{2,}")
+_BROKEN = re.compile("[\x00-\x08\x0e-\x1f\x7f\ufffd\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class _Task:
+    number: int
+    label: str
+    file: ShardFile
+    data: Data
+    entry: Mapping[str, Any] | None
+    parts: Path
+
+    def part(self, kind: str) -> Path:
+        """Where this shard's part of a result lies."""
+        return self.parts / f"{self.number:06d}.{kind}"
+
+
+def check(
+    shards: str, output: Path, overrides: Sequence[str], *, jobs: int = 0, ray: bool = False, as_json: bool = False
+) -> int:
+    """Check shards; writes ``report.json``, ``bad_samples.csv`` and ``warnings.csv``, and prints tables, or the report.
+
+    Returns the exit code: 4 when training on these shards would stop, else 0. Raises ConfigError and DataError.
+    """
+    files, config = named_shards(shards, overrides)
+    data = config.data
+    entries = [declared(file) for file in files]
+    options = {
+        "shards": identity(files), "image_keys": data.image_keys, "caption_key": data.caption_key,
+        "max_pixels": data.max_pixels,
+        "index": [entry and [entry["samples"], entry["bytes"], entry["sha256"]] for entry in entries],
+    }  # fmt: skip
+    parts = output / MARKERS / "check" / "parts"
+    named = enumerate(zip(labels(files), files, entries, strict=True))
+    tasks = [_Task(i, label, file, data, entry, parts) for i, (label, file, entry) in named]
+    engine = Jobs(output, "check", options, jobs, ray)
+    results = engine.run("samples", _check_shard, {f"{task.number:06d}_{task.file.name}": task for task in tasks})
+    repeats = find_repeats(engine, "keys", [task.part("keys.npy") for task in tasks])
+    report = Report.make(
+        [task.label for task in tasks], list(results.values()), repeats, data.max_bad_fraction,
+        _frequent(task.part("captions.json") for task in tasks), [_example(tasks, pair) for pair in repeats.examples],
+    )  # fmt: skip
+    try:
+        for name in ("bad_samples.csv", "warnings.csv"):
+            _join(output / name, [task.part(name) for task in tasks])
+        (output / "report.json").write_text(json.dumps(report.document, indent=1))
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
+    if as_json:
+        print(json.dumps(report.document))
+    else:
+        print_report(report.document, output)
+    return ExitCode.DONE if report.document["passed"] else ExitCode.DATA_BUDGET
+
+
+@dataclass
+class _Found:
+    """What was found in one shard."""
+
+    samples: int = 0
+    keys: list[str] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)
+    captions: Top = field(default_factory=lambda: Top(FREQUENT))
+    held: Top = field(default_factory=lambda: Top(5))  # members of samples that lack one
+
+    def add(self, sample: Member, data: Data) -> None:
+        """Look at one sample."""
+        key = own_key(sample)
+        self.samples += 1
+        self.keys.append(key)
+        try:
+            captions, image = examine(sample, data)
+        except BadSample as error:
+            self.bad.append((key, str(error)))
+            if str(error).startswith("no_"):
+                self.held.add([_holds(sample)])
+            return
+        self.captions.add({caption[:CAPTION_CHARACTERS] for caption in captions})
+        found = {*image_warnings(image.shape[-1], image.shape[-2]), *(w for c in captions for w in caption_warnings(c))}
+        self.warnings += [(key, warning) for warning in sorted(found)]
+
+
+def _check_shard(task: _Task) -> dict[str, Any]:
+    found, damage, unreadable, expected = _Found(), "", "", 0
+    try:
+        mismatches = differences(task.file, task.entry) if task.entry else []
+        damage, expected = task.file.index.damage, task.file.index.samples
+        for sample in all_samples(task.file):
+            found.add(sample, task.data)
+    except DataError as error:
+        mismatches, unreadable = [], str(error)
+    if task.entry:
+        expected = max(expected, task.entry["samples"])
+    reasons = Counter(reason for _, reason in found.bad)
+    if expected > found.samples:
+        reasons["lost_with_the_archive"] = expected - found.samples
+    save_hashes(task.part("keys.npy"), found.keys)
+    _save_rows(task.part("bad_samples.csv"), task.label, found.bad)
+    _save_rows(task.part("warnings.csv"), task.label, found.warnings)
+    task.part("captions.json").write_text(json.dumps(found.captions.to_json()))
+    return {
+        "samples": max(expected, found.samples), "reasons": reasons, "damage": damage, "unreadable": unreadable,
+        "mismatches": mismatches, "warnings": Counter(warning for _, warning in found.warnings),
+        "duplicate_keys": within(task.part("keys.npy")), "held": dict(found.held.counts),
+    }  # fmt: skip
+
+
+def image_warnings(width: int, height: int) -> list[str]:
+    """What is odd about an image of this size, which training takes all the same."""
+    found = ["tiny_image"] if min(width, height) < SMALLEST else []
+    return [*found, "extreme_aspect_ratio"] if max(width, height) > WIDEST * min(width, height) else found
+
+
+def caption_warnings(caption: str) -> list[str]:
+    """What is odd about a caption, which training takes all the same."""
+    found = ["caption_is_a_url"] if _URL.fullmatch(caption) else []
+    if len(caption) < 256 and _FILE_NAME.fullmatch(caption):
+        found.append("caption_is_a_file_name")
+    if _BROKEN.search(caption) or any(_was_utf8(run[0]) for run in _NOT_ASCII.finditer(caption[:10_000])):
+        found.append("caption_in_broken_encoding")
+    return found
+
+
+def _was_utf8(run: str) -> bool:
+    """Whether these characters are the bytes of others, taken one by one (é as Ã©)."""
+    for codec in ("cp1252", "latin-1"):
+        try:
+            return len(run.encode(codec).decode()) < len(run)
+        except UnicodeError:
+            continue
+    return False
+
+
+def declared(file: ShardFile) -> Mapping[str, Any] | None:
+    """What the ``shards.json`` beside a shard says of it: ``samples``, ``bytes``, ``sha256``; None if nothing does."""
+    folder = file.location.rpartition("/")[0]
+    return None if file.location.startswith(PIPE) else _index_beside(file.store, folder).get(file.name)
+
+
+@lru_cache(maxsize=64)
+def _index_beside(store: ShardStore, folder: str) -> Mapping[str, Any]:
+    location = f"{folder}/shards.json"
+    try:
+        with store.open(location) as raw:
+            text = raw.read()
+    except DataError:
+        return {}  # most have none
+    try:
+        shards = json.loads(text)["shards"]
+        {(entry["samples"], entry["bytes"], entry["sha256"]) for entry in shards.values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{location} is no index of shards; make it anew with clipscale data index") from None
+    return shards
+
+
+def differences(file: ShardFile, entry: Mapping[str, Any]) -> list[str]:
+    """How a shard differs from what its index declares; the checksum is taken where the size agrees."""
+    size = file.store.version(file.location).size
+    if size != entry["bytes"]:
+        return [f"holds {size:,} bytes, its index says {entry['bytes']:,}"]
+    found = []
+    if entry["sha256"] and sha256(file) != entry["sha256"]:
+        found.append("its sha256 is not the one of its index: bytes in it changed")
+    if file.index.samples != entry["samples"]:
+        found.append(f"holds {file.index.samples:,} samples, its index says {entry['samples']:,}")
+    return found
+
+
+def sha256(file: ShardFile) -> str:
+    """Of the bytes as they lie there, still zipped if they are."""
+    if not file.location.startswith(ELSEWHERE):
+        try:
+            with Path(file.location).open("rb") as raw:
+                return hashlib.file_digest(raw, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{file.location} cannot be read: {error.strerror}") from None
+    version, digest = file.store.version(file.location), hashlib.sha256()
+    assert version.size is not None  # what a command prints has no index
+    for start in range(0, version.size, file.store.burst):
+        stop = min(start + file.store.burst, version.size)
+        digest.update(file.store.read(file.location, version, start, stop))
+    return digest.hexdigest()
+
+
+def _holds(sample: Member) -> str:
+    """The members of a sample and the fields of its JSON, to say where a caption could be found."""
+    try:
+        fields = json.loads(sample.members["json"])
+    except (KeyError, ValueError, RecursionError):
+        fields = None
+    inside = ", ".join(sorted(fields)) if isinstance(fields, dict) and fields else ""
+    return shown(", ".join(f"json ({inside})" if k == "json" and inside else k for k in sorted(sample.members)), 160)
+
+
+def _example(tasks: Sequence[_Task], pair: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """The key that two places share."""
+    number, place = pair[0]
+    sample = next(iter(read_samples(tasks[number].file, place, place + 1)))
+    return {"key": own_key(sample), "shards": [tasks[shard].label for shard, _ in pair]}
+
+
+def _frequent(paths: Iterable[Path]) -> Top:
+    found = Top(20 * FREQUENT)
+    for path in paths:
+        found.merge(Top.from_json(json.loads(path.read_text())))
+    return found
+
+
+def _save_rows(path: Path, label: str, rows: Iterable[tuple[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        csv.writer(file).writerows((label, key, reason) for key, reason in rows)
+
+
+def _join(path: Path, parts: Sequence[Path]) -> None:
+    scratch = path.with_name(f".{path.name}.tmp")
+    with scratch.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerow(("shard", "key", "reason"))
+        for part in parts:
+            _append(part, file)
+    scratch.replace(path)
+
+
+def _append(part: Path, file: TextIO) -> None:
+    with part.open(newline="", encoding="utf-8") as rows:
+        shutil.copyfileobj(rows, file)
