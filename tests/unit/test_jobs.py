@@ -9,14 +9,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from clipscale.apps.data.jobs import MARKERS, Jobs, share
+from clipscale.apps.data.jobs import MARKERS, Jobs, Tasks, share
 from clipscale.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
@@ -53,23 +52,6 @@ def work(output: Path, name: str) -> dict[str, Any]:
     scratch.write_text(name)
     scratch.replace(output / f"{number}.out")
     return {"name": name, "length": len(name)}
-
-
-class Lazy(Mapping[str, str]):
-    """Tasks that are made when their turn comes; counts how often each was."""
-
-    def __init__(self) -> None:
-        self.made: Counter[str] = Counter()
-
-    def __getitem__(self, name: str) -> str:
-        self.made[name] += 1
-        return name
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(NAMES)
-
-    def __len__(self) -> int:
-        return len(NAMES)
 
 
 @pytest.fixture
@@ -269,10 +251,22 @@ def test_other_options_are_refused(output: Path) -> None:
 
 
 def test_tasks_are_made_when_their_turn_comes(output: Path) -> None:
-    tasks = Lazy()
-    step = Jobs(output, "tool", {}, workers=1)._through(str, ((tasks[n], output / f"{n[-2:]}.json") for n in tasks), 12)
-    next(step)
-    assert list(tasks.made) == NAMES[:1]
+    made: list[int] = []
+
+    def make(number: int) -> int:
+        made.append(number)
+        return number
+
+    def fail_at_five(task: int) -> int:
+        if task == 5:
+            raise DataError("five")
+        return task
+
+    tasks = Tasks(NAMES, make)
+    assert len(tasks) == 12 and list(tasks) == NAMES and not made
+    with pytest.raises(DataError, match="five"):
+        Jobs(output, "tool", {}, workers=1).run("step", fail_at_five, tasks)
+    assert made == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

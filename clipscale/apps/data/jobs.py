@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -57,6 +57,23 @@ def _array() -> tuple[int, int]:
     if rest or not 0 <= number < count:
         raise ConfigError(f"task {task} of an array of {count}: use evenly spaced numbers, --array=0-{count - 1}")
     return number, count
+
+
+class Tasks(Mapping[str, T]):
+    """Tasks by name, each made by ``make(number)`` when it is asked for, so that not all are in memory at once."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[int], T]) -> None:
+        self._numbers = {name: number for number, name in enumerate(names)}
+        self._make = make
+
+    def __getitem__(self, name: str) -> T:
+        return self._make(self._numbers[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
 
 @dataclass(frozen=True)
