@@ -112,7 +112,7 @@ def _room_for_images(count: int, size: int) -> torch.Tensor:
     if get_worker_info() is None:
         return torch.from_numpy(np.empty(shape, np.uint8))
     shared: Any = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate function does
-    return torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape)
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
 
 
 def _stage(values: Sequence[Any], work: Callable[[int, Any], Any]) -> list[Any]:

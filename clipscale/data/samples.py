@@ -6,7 +6,8 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,20 +100,33 @@ def decode_image(data: bytes, max_pixels: int) -> torch.Tensor:
 
     Plain JPEGs take torchvision's decoder, several times faster than PIL and equal to it; PIL does the rest.
     """
-    if not data:
-        raise BadSample("empty_image")
-    try:
+    with undecodable():
         if size := _plain_jpeg_size(data):
             _refuse_bomb(*size, max_pixels)
             try:
                 return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
             except RuntimeError:
                 pass  # libjpeg refuses some files that PIL reads, and the other way round
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns about large images; max_pixels decides
-            image = Image.open(io.BytesIO(data))
-            _refuse_bomb(image.width, image.height, max_pixels)
-            return _to_rgb(image)
+        return _to_rgb(open_image(data, max_pixels))
+
+
+def open_image(data: bytes, max_pixels: int) -> Image.Image:
+    """The image as it is stored, whole: in its own mode, not turned upright yet. Raises BadSample."""
+    if not data:
+        raise BadSample("empty_image")
+    with undecodable(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL warns about large images; max_pixels decides
+        image = Image.open(io.BytesIO(data))
+        _refuse_bomb(image.width, image.height, max_pixels)
+        image.load()  # raises on truncated data, before any conversion hides it
+        return image
+
+
+@contextmanager
+def undecodable() -> Iterator[None]:
+    """Whatever goes wrong with an image inside is its own fault: a BadSample."""
+    try:
+        yield
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
@@ -143,13 +157,33 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _to_rgb(image: Image.Image) -> torch.Tensor:
-    image.load()  # raises on truncated data, before any conversion hides it
-    if image.mode.startswith("I"):  # 16-bit: PIL would clip it to white
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((values / 257.0).clip(0, 255).astype(np.uint8))
+def upright(image: Image.Image, window: tuple[float, float] | None) -> Image.Image:
+    """The image turned as its EXIF block says, and in 8 bits.
+
+    ``window`` holds the values of a deep greyscale image that become black and white; None takes its own range.
+    """
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if not is_deep(image):
+        return image
+    values = np.asarray(image, dtype=np.float64)  # PIL would clip it to white
+    low, high = window or (np.nanmin(values), np.nanmax(values))
+    scaled = np.rint(np.nan_to_num((values - low) / max(high - low, 1e-12)) * 255.0)
+    return Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether it is greyscale of more than 8 bits."""
+    return image.mode.startswith(("I", "F"))
+
+
+def has_transparency(image: Image.Image) -> bool:
+    """Whether pixels can be transparent."""
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def _to_rgb(image: Image.Image) -> torch.Tensor:
+    image = upright(image, None if image.mode == "F" else (0.0, 65535.0))
+    if has_transparency(image):
         rgba = image.convert("RGBA")
         image = Image.new("RGB", rgba.size, "white")
         image.paste(rgba, mask=rgba)

@@ -17,11 +17,11 @@ data_app = typer.Typer(
 Shards = Annotated[str, typer.Argument(help="Shards: brace patterns, `::` between them; below data.root if set.")]
 Output = Annotated[Path, typer.Argument(help="Directory that is written; the same command goes on after a stop.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="data.… and storage.… keys.")]
-Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Processes on this node; 0: one per core.")]
-Ray = Annotated[bool, typer.Option("--ray", help="Spread the work with Ray Data (pip install 'clipscale[ray]').")]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", min=0, help="Processes on this node; 0: one per core.")]
+Ray = Annotated[bool, typer.Option("--ray", help="Spread the work over a Ray cluster (pip install 'clipscale[ray]').")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Seed = Annotated[int, typer.Option(help="Seed of the order.")]
-ShardSamples = Annotated[int, typer.Option(help="Samples per shard that is written.")]
+ShardSamples = Annotated[int, typer.Option(min=1, help="Samples per shard that is written.")]
 
 
 @data_app.command("pack")

@@ -8,40 +8,72 @@ import multiprocessing
 import os
 import re
 import signal
-import time
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clipscale.errors import ClipscaleError, ConfigError
+from clipscale.errors import ClipscaleError, ConfigError, DataError
 
 MARKERS = ".clipscale"  # directory of an output that says what is done
-POLL_S = 1.0  # between two looks for what other nodes have done
-
-# Number of this process among those that share the work, and how many they are: array jobs, srun, torchrun.
-_SHARES = (
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
-    ("SLURM_PROCID", "SLURM_NTASKS"),
-    ("RANK", "WORLD_SIZE"),
-)
 
 T = TypeVar("T")
+Todo = Iterator[tuple[T, Path]]  # tasks, each with the file that says that it is done
 
 
 def share() -> tuple[int, int]:
-    """``(number, count)`` of the processes that share the work, from Slurm's array or tasks, or torchrun's ranks."""
-    for number, count in _SHARES:
-        if number in os.environ and int(os.environ.get(count, "1")) > 1:
-            first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0")) if "ARRAY" in number else 0
-            return int(os.environ[number]) - first, int(os.environ[count])
-    return 0, 1
+    """``(number, count)`` of the processes that share the work: Slurm's array and tasks, torchrun's ranks.
+
+    Raises ConfigError for an array whose numbers are not evenly spaced.
+    """
+    array, arrays = _array()
+    # SLURM_NTASKS will not do: it is set in a batch script as well, which is one process, whatever it says.
+    for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        if number in os.environ and count in os.environ:
+            return array * int(os.environ[count]) + int(os.environ[number]), arrays * int(os.environ[count])
+    return array, arrays
+
+
+def _array() -> tuple[int, int]:
+    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+        return 0, 1
+    task, count, first, step = (
+        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
+        for name, default in (("ID", "0"), ("COUNT", "1"), ("MIN", "0"), ("STEP", "1"))
+    )
+    if count == 1:  # one that is run again alone takes what is left
+        return 0, 1
+    number, rest = divmod(task - first, step)
+    if rest or not 0 <= number < count:
+        raise ConfigError(f"task {task} of an array of {count}: use evenly spaced numbers, --array=0-{count - 1}")
+    return number, count
+
+
+class Tasks(Mapping[str, T]):
+    """Tasks by name, each made by ``make(number)`` when it is asked for, so that not all are in memory at once."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[int], T]) -> None:
+        self._numbers = {name: number for number, name in enumerate(names)}
+        self._make = make
+
+    def __getitem__(self, name: str) -> T:
+        return self._make(self._numbers[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
 
 @dataclass(frozen=True)
@@ -53,7 +85,7 @@ class Jobs:
         tool: name of the tool.
         options: all that the results depend on. An output made with others is refused.
         workers: processes on this node; 0 is one per core.
-        ray: spread the tasks with Ray Data instead.
+        ray: spread the tasks over a Ray cluster instead.
     """
 
     output: Path
@@ -65,18 +97,22 @@ class Jobs:
     def run(self, step: str, work: Callable[[T], Any], tasks: Mapping[str, T]) -> dict[str, Any]:
         """``work(task)`` of every task that is not done yet; the results of all, by name, in the tasks' order.
 
-        A result must survive JSON, and a task must leave its files complete or not at all: it may be run again. With
-        several nodes, each does its share, and returns when all are done. Raises ClipscaleError from a task.
+        A result must survive JSON. A task must leave its files complete or not at all, and the same each time: it may
+        be run again, by two nodes at once even. Each node does its share and then what others have left undone, so
+        none waits for one that died, or for an array's task that has not been started. Tasks are taken from the
+        mapping only when their turn comes. Raises ClipscaleError from a task.
         """
         self._claim()
         number, nodes = share()
-        mine = [name for i, name in enumerate(tasks) if i % nodes == number]
-        todo = {name: tasks[name] for name in mine if not self._marker(step, name).is_file()}
-        with self._progress(step, len(mine), len(mine) - len(todo)) as advance:
-            for name, result in self._results(work, todo):
-                _write(self._marker(step, name), result)
+        names = list(tasks)
+        others = [name for i, name in enumerate(names) if i % nodes != number]
+        markers = {name: self._marker(step, name) for name in names[number::nodes] + others[::-1]}
+        done = sum(marker.is_file() for marker in markers.values())
+        with _Bar(step, len(names), done) as advance:
+            todo = ((tasks[name], marker) for name, marker in markers.items() if not marker.is_file())
+            for _ in self._through(work, todo, len(names) - done):
                 advance()
-        return {name: self._read(step, name) for name in tasks}
+        return {name: json.loads(markers[name].read_text()) for name in names}
 
     def _claim(self) -> None:
         wanted = json.loads(json.dumps(dict(self.options), default=str))
@@ -86,7 +122,7 @@ class Jobs:
                 _write(path, wanted)
             found = json.loads(path.read_text())
         except OSError as error:
-            raise ConfigError(f"{self.output} cannot be written: {error.strerror}") from None
+            raise ConfigError(f"{self.output} cannot be read: {error.strerror}") from None
         changed = [key for key in {*found, *wanted} if found.get(key) != wanted.get(key)]
         if changed:
             raise ConfigError(
@@ -100,29 +136,91 @@ class Jobs:
             plain += f".{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         return self.output / MARKERS / self.tool / step / f"{plain}.json"
 
-    def _read(self, step: str, name: str) -> Any:
-        path = self._marker(step, name)
-        while not path.is_file():  # another node is at it
-            time.sleep(POLL_S)
-        return json.loads(path.read_text())
-
-    def _results(self, work: Callable[[T], Any], todo: Mapping[str, T]) -> Iterator[tuple[str, Any]]:
-        workers = min(self.workers or len(os.sched_getaffinity(0)), len(todo))
+    def _through(self, work: Callable[[T], Any], todo: Todo[T], left: int) -> Iterator[None]:
+        workers = min(self.workers or _cores(), left)
         if self.ray:
             yield from _with_ray(work, todo)
         elif workers <= 1:
-            for name, task in todo.items():
-                yield name, work(task)
+            for task, marker in todo:
+                _finish(work, task, marker)
+                yield
         else:
             yield from _side_by_side(work, todo, workers)
 
-    @staticmethod
-    def _progress(step: str, count: int, done: int) -> _Bar:
-        return _Bar(step, count, done)
+
+def _cores() -> int:
+    # Of those that this process may use; macOS cannot say.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _finish(work: Callable[[T], Any], task: T, marker: Path) -> None:
+    _write(marker, work(task))  # by the one who did it: it counts even if whoever asked for it is gone
+
+
+def _side_by_side(work: Callable[[T], Any], todo: Todo[T], workers: int) -> Iterator[None]:
+    # Not fork: obstore must not be used in one. What is imported here, the server imports once for all.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.func.__module__ if isinstance(work, partial) else work.__module__])
+    with ProcessPoolExecutor(workers, context, initializer=_serve) as pool:
+        begun: set[Future[None]] = set()
+        try:
+            # No more than can run at once, so that nothing is waited for that has not begun.
+            while begun := begun | {
+                pool.submit(_finish, work, task, marker) for task, marker in islice(todo, workers - len(begun))
+            }:
+                done, begun = wait(begun, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool:
+            raise ClipscaleError(
+                "a process was killed, likely for want of memory; use fewer with -j; what is done stays done"
+            ) from None
+        except KeyboardInterrupt:
+            try:
+                print("finishing what has begun; Ctrl-C once more ends at once", file=sys.stderr)
+                wait(begun)
+            except KeyboardInterrupt:
+                for child in multiprocessing.active_children():
+                    child.kill()
+            raise
+
+
+def _serve() -> None:
+    """What a worker does first: leave interrupts to its parent, and see to it that it does not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _with_ray(work: Callable[[T], Any], todo: Todo[T]) -> Iterator[None]:
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("--ray needs Ray: pip install 'clipscale[ray]'") from None
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    finish = ray.remote(_finish)
+    begun: list[Any] = []
+    at_once = 2 * int(ray.cluster_resources().get("CPU", 1))
+    try:
+        while begun := begun + [finish.remote(work, *each) for each in islice(todo, at_once - len(begun))]:
+            done, begun = ray.wait(begun)
+            yield ray.get(done[0])
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ClipscaleError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise ClipscaleError(f"Ray gave up ({str(error).splitlines()[0]}); what is done stays done") from None
 
 
 class _Bar:
-    """A progress bar on standard error; called once per task."""
+    """A progress bar on standard error; what it gives is called once per task."""
 
     def __init__(self, step: str, count: int, done: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -137,45 +235,12 @@ class _Bar:
         self._bar.stop()
 
 
-def _side_by_side(work: Callable[[T], Any], todo: Mapping[str, T], workers: int) -> Iterator[tuple[str, Any]]:
-    # Not fork: obstore must not be used in one. What is imported here, the server imports once for all.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.func.__module__ if isinstance(work, partial) else work.__module__])
-    with ProcessPoolExecutor(workers, context, initializer=_leave_interrupts) as pool:
-        futures = {pool.submit(work, task): name for name, task in todo.items()}
-        try:
-            for future in as_completed(futures):
-                yield futures.pop(future), future.result()
-        except BrokenProcessPool:
-            raise ClipscaleError(
-                "a process was killed, likely for want of memory; use fewer with -j; what is done stays done"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)  # what has begun is finished, not thrown away
-
-
-def _leave_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _with_ray(work: Callable[[T], Any], todo: Mapping[str, T]) -> Iterator[tuple[str, Any]]:
-    try:
-        import ray.data
-    except ImportError:
-        raise ConfigError("--ray needs Ray Data: pip install 'clipscale[ray]'") from None
-    rows: Sequence[dict[str, Any]] = [{"name": name, "task": task} for name, task in todo.items()]
-    if not rows:
-        return
-    made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        lambda row: {"name": row["name"], "result": json.dumps(work(row["task"]))}
-    )
-    for row in made.iter_rows():
-        yield row["name"], json.loads(row["result"])
-
-
 def _write(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write JSON, whole or not at all. Raises DataError where it cannot be written."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(value))
-    scratch.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps(value))
+        scratch.replace(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from None

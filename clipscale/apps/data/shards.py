@@ -14,6 +14,7 @@ from clipscale.data.io import ShardStore
 from clipscale.data.manifest import ShardFile, expand_shards
 from clipscale.data.samples import Member
 from clipscale.data.stream import read_samples
+from clipscale.errors import DataError
 
 KEYS = ("data.", "storage.", "tokenizer.", "model.")
 
@@ -39,16 +40,21 @@ def all_samples(file: ShardFile) -> Iterator[Member]:
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
-    """Write ``(key, members by suffix)`` as a tar, whole or not at all, the same bytes each time; returns the count."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``(key, members by suffix)`` as a tar, whole or not at all, the same bytes each time; returns the count.
+
+    Raises DataError when it cannot be written.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
     try:
-        with wds.TarWriter(str(scratch), encoder=False, mtime=0.0) as writer:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as raw, wds.TarWriter(raw, encoder=False, mtime=0.0) as writer:
             for key, members in samples:
                 writer.write({"__key__": key, **members})
                 count += 1
         scratch.replace(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         scratch.unlink(missing_ok=True)
     return count
