@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
+import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
-
-import webdataset as wds
 
 from clipscale.config import Config
 from clipscale.config.compose import override
@@ -39,22 +42,45 @@ def all_samples(file: ShardFile) -> Iterator[Member]:
     return read_samples(file, 0, file.summary.samples)
 
 
+def distinct(samples: Iterable[Member]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    """``(key, members)`` for one shard: a key that is taken gets its source shard's name before it, ``SHARD-KEY``.
+
+    Where that is taken too, ``-2``, ``-3``, … stands behind it.
+    """
+    taken: set[str] = set()
+    for sample in samples:
+        shard, _, key = sample.key.partition("/")
+        name = key
+        if key in taken:  # no dot in the shard's name: a key ends at the first one
+            stem = re.sub(r"[^\w-]", "_", shard.removesuffix(".tar"))
+            prefixed = f"{stem}-{key}"
+            again = (f"{prefixed}-{number}" for number in count(2))
+            name = prefixed if prefixed not in taken else next(name for name in again if name not in taken)
+        taken.add(name)
+        yield name, sample.members
+
+
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
     """Write ``(key, members by suffix)`` as a tar, whole or not at all, the same bytes each time; returns the count.
 
-    Raises DataError when it cannot be written.
+    Not by WebDataset's writer: it leaves out members whose names begin with ``_``, and spends a kilobyte of each
+    member on its time. Raises DataError when the disk is full or the directory cannot be written.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    count = 0
+    written = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("wb") as raw, wds.TarWriter(raw, encoder=False, mtime=0.0) as writer:
+        with tarfile.open(scratch, "w", format=tarfile.PAX_FORMAT) as archive:
             for key, members in samples:
-                writer.write({"__key__": key, **members})
-                count += 1
+                for suffix in sorted(members):
+                    entry = tarfile.TarInfo(f"{key}.{suffix}")  # its time and its owner are 0
+                    entry.size = len(members[suffix])
+                    archive.addfile(entry, io.BytesIO(members[suffix]))
+                written += 1
         scratch.replace(path)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
-        scratch.unlink(missing_ok=True)
-    return count
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+    return written

@@ -1,0 +1,246 @@
+"""Which images of an evaluation set are in the training shards, and which have the same caption there."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import rich.console
+import rich.table
+
+from clipscale.apps.data.account import Account, open_shards, scratch_file
+from clipscale.apps.data.jobs import MARKERS, Jobs, share
+from clipscale.apps.data.likeness import LookTask, Pictures, alike, load_pictures, look
+from clipscale.apps.data.shards import all_samples, identity, named_shards
+from clipscale.apps.data.sheet import MOST_PAIRS, Pair, Place, write_sheet
+from clipscale.config.data import Data
+from clipscale.data.manifest import ShardFile
+from clipscale.errors import DataError
+
+BLOCK = 1 << 24  # pairs of an evaluation and a training image that are compared in one go
+
+
+class CompareTask(NamedTuple):
+    """One training shard, by its pictures, and all evaluation shards, by theirs."""
+
+    train: Path
+    evaluation: tuple[Path, ...]
+    distance: int
+
+
+class Match(NamedTuple):
+    """The training sample that an evaluation image is most like: kind 0 is exact, 1 near; its shard and its place."""
+
+    kind: int
+    distance: int
+    shard: int
+    place: int
+
+
+def contamination(
+    shards: str, output: Path, overrides: Sequence[str], *, against: str, distance: int, jobs: int, ray: bool
+) -> dict[str, Any]:
+    """Write ``contamination.csv`` and ``.html``, ``contaminated.txt`` and ``clean.txt``, and print how much it is.
+
+    The lists are of evaluation images, by ``shard/key``; an image that cannot be used is in neither. Memory is a
+    training shard's and the evaluation set's, less its pictures: some 300 bytes for each image.
+    """
+    files, config = open_shards(shards, output, overrides, "contamination", writes=False)
+    held_out, _ = named_shards(against, overrides)
+    data = config.data
+    options = {
+        "shards": identity(files), "against": identity(held_out), "distance": distance, "image_keys": data.image_keys,
+        "caption_key": data.caption_key, "max_pixels": data.max_pixels,
+    }  # fmt: skip
+    work = Jobs(output, "contamination", options, jobs, ray)
+    train, looked_at = _look(work, "train", files, data)
+    evaluation, judged = _look(work, "evaluation", held_out, data)
+    if not judged.kept:
+        raise DataError(f"--against {against}: none of {judged.read:,} samples has an image that can be used")
+    compares = {path.stem: CompareTask(path, evaluation, distance) for path in train}
+    pictures, captions = _merge(work.run("compare", compare, compares).values())
+    if not share()[0]:
+        _write(output, _Found(files, held_out, evaluation, pictures, captions), data)
+        numbers = _summary(output, judged.kept, looked_at, judged, pictures, captions)
+        told = {"tool": "contamination", "train": _told(looked_at), "evaluation": _told(judged), **numbers}
+        with scratch_file(output / "account.json") as out:
+            out.write(json.dumps(told, indent=1) + "\n")
+        again = [
+            "clipscale",
+            "data",
+            "filter",
+            against,
+            "CLEAN_SHARDS",
+            *overrides,
+            "--keep",
+            str(output / "clean.txt"),
+        ]
+        print(f"next: {shlex.join(again)}")
+    return {"pictures": pictures, "captions": captions}
+
+
+def _look(work: Jobs, step: str, files: Sequence[ShardFile], data: Data) -> tuple[tuple[Path, ...], Account]:
+    place = work.output / MARKERS / work.tool / "pictures" / step
+    paths = tuple(place / f"{i:06d}.npz" for i in range(len(files)))
+    tasks = {path.stem: LookTask(file, path, data) for file, path in zip(files, paths, strict=True)}
+    account = Account()
+    for file, result in zip(files, work.run(step, look, tasks).values(), strict=True):
+        account.add(result, file.name)
+    return paths, account
+
+
+@cache
+def _evaluation(paths: tuple[Path, ...]) -> Pictures:
+    """The pictures of all evaluation shards as of one; their captions' owners are counted through."""
+    parts = [load_pictures(path) for path in paths]
+    before = np.cumsum([0, *(len(part.keys) for part in parts)])
+    owners = [part.caption_of + first for part, first in zip(parts, before, strict=False)]
+    columns = [np.concatenate([part[field] for part in parts]) for field in range(1, len(Pictures._fields) - 1)]
+    return Pictures([key for part in parts for key in part.keys], *columns, np.concatenate(owners))
+
+
+def compare(task: CompareTask) -> dict[str, Any]:
+    """The best match in one training shard of each evaluation image, and the first sample with a caption of its."""
+    ours, theirs = load_pictures(task.train), _evaluation(task.evaluation)
+    shard = int(task.train.stem)
+    best: dict[int, tuple[int, int, int, int]] = {}
+    for image, other, kind, apart in _alike_pairs(ours, theirs, task.distance):
+        match = (kind, apart, shard, int(ours.places[other]))
+        best[image] = min(best.get(image, match), match)
+    known: dict[int, int] = {}
+    for caption, owner in zip(ours.captions.tolist(), ours.caption_of.tolist(), strict=True):
+        known.setdefault(caption, owner)
+    said: dict[int, tuple[int, int]] = {}
+    for caption, owner in zip(theirs.captions.tolist(), theirs.caption_of.tolist(), strict=True):
+        if caption in known:
+            first = (shard, int(ours.places[known[caption]]))
+            said[owner] = min(said.get(owner, first), first)
+    return {"pictures": sorted(best.items()), "captions": sorted(said.items())}
+
+
+def _alike_pairs(ours: Pictures, theirs: Pictures, distance: int) -> Iterator[tuple[int, int, int, int]]:
+    """``(evaluation image, training image, kind, bits apart)``: all with all, of one training shard."""
+    step = max(1, BLOCK // max(1, len(ours.hash)))
+    for start in range(0, len(theirs.hash), step):
+        apart = np.bitwise_count(theirs.hash[start : start + step, None] ^ ours.hash[None])
+        images, others = np.nonzero(apart <= distance)
+        bits = apart[images, others]
+        images += start
+        same = (theirs.exact[images] == ours.exact[others]).all(axis=1)
+        chosen = same | alike(theirs.cells[images], ours.cells[others], distance)
+        found = (images[chosen], others[chosen], (~same[chosen]).astype(np.int64), bits[chosen])
+        yield from zip(*(column.tolist() for column in found), strict=True)
+
+
+def _merge(results: Iterable[dict[str, Any]]) -> tuple[dict[int, Match], dict[int, tuple[int, int]]]:
+    """Over all training shards: the best picture, exact before near, and the first caption, of each image."""
+    pictures: dict[int, Match] = {}
+    captions: dict[int, tuple[int, int]] = {}
+    for result in results:
+        for image, match in result["pictures"]:
+            pictures[image] = min(pictures.get(image, Match(*match)), Match(*match))
+        for image, place in result["captions"]:
+            captions.setdefault(image, tuple(place))
+    return pictures, captions
+
+
+class _Found(NamedTuple):
+    train: Sequence[ShardFile]
+    held_out: Sequence[ShardFile]
+    evaluation: tuple[Path, ...]
+    pictures: dict[int, Match]
+    captions: dict[int, tuple[int, int]]
+
+
+def _write(output: Path, found: _Found, data: Data) -> None:
+    places: list[Place] = []
+    keys: list[str] = []
+    for file, path in zip(found.held_out, found.evaluation, strict=True):
+        part = load_pictures(path)
+        places += [Place(file, number) for number in part.places.tolist()]
+        keys += [f"{file.name}/{key}" for key in part.keys]
+    for name, wanted in (("contaminated.txt", True), ("clean.txt", False)):
+        with scratch_file(output / name) as out:
+            out.writelines(f"{key}\n" for i, key in enumerate(keys) if (i in found.pictures) is wanted)
+    sources = {(match.shard, match.place) for match in found.pictures.values()} | {*found.captions.values()}
+    named = _keys_of(found.train, sources)
+    with scratch_file(output / "contamination.csv") as out:
+        rows = csv.writer(out, lineterminator="\n")
+        rows.writerow(["key", "train_key", "kind", "distance"])
+        for i, key in enumerate(keys):
+            if match := found.pictures.get(i):
+                kind = "near" if match.kind else "exact"
+                rows.writerow([key, named[match.shard, match.place], kind, match.distance])
+            if i in found.captions:
+                rows.writerow([key, named[found.captions[i]], "caption", ""])
+    ranked = sorted(found.pictures.items(), key=lambda item: (-item[1].kind, -item[1].distance, item[0]))
+    pairs = [
+        Pair(
+            places[i],
+            Place(found.train[match.shard], match.place),
+            f"evaluation, training: {'near, ' + str(match.distance) + ' bits apart' if match.kind else 'exact'}"
+            + ("; same caption" if i in found.captions else ""),
+        )
+        for i, match in ranked[:MOST_PAIRS]
+    ]  # fmt: skip
+    told = f"{len(pairs):,} of {len(ranked):,} evaluation images that are in the training data, the least alike first"
+    write_sheet(output / "contamination.html", "Contamination", told, pairs, data)
+
+
+def _keys_of(files: Sequence[ShardFile], wanted: Iterable[tuple[int, int]]) -> dict[tuple[int, int], str]:
+    """``shard/key`` of samples by shard and place, reading each shard that is named once."""
+    by_shard: dict[int, set[int]] = {}
+    for shard, place in wanted:
+        by_shard.setdefault(shard, set()).add(place)
+    return {
+        (shard, place): sample.key
+        for shard, places in by_shard.items()
+        for place, sample in enumerate(all_samples(files[shard]))
+        if place in places
+    }
+
+
+def _told(account: Account) -> dict[str, Any]:
+    return {
+        "read": account.read, "compared": account.kept, "dropped": dict(account.dropped.most_common()),
+        "damaged_shards": account.damaged,
+    }  # fmt: skip
+
+
+def _summary(
+    output: Path,
+    count: int,
+    looked_at: Account,
+    judged: Account,
+    pictures: dict[int, Match],
+    captions: dict[int, tuple[int, int]],
+) -> dict[str, int]:
+    """Print what was found; the same numbers by name."""
+    exact = sum(not match.kind for match in pictures.values())
+    both = len(pictures.keys() & captions.keys())
+    numbers = {
+        "exact": exact, "near": len(pictures) - exact, "contaminated": len(pictures), "clean": count - len(pictures),
+        "same_caption": len(captions), "same_image_and_caption": both,
+    }  # fmt: skip
+    table = rich.table.Table("", "samples", show_header=False)
+    table.columns[1].justify = "right"
+    for title, account in (("training", looked_at), ("evaluation", judged)):
+        table.add_row(f"{title}: read", f"{account.read:,}")
+        table.add_row(f"{title}: compared", f"{account.kept:,}")
+        for reason, dropped in account.dropped.most_common():
+            table.add_row(f"{title}: {reason}", f"{dropped:,}")
+        table.add_section()
+    for name, number in numbers.items():
+        table.add_row(name.replace("_", " "), f"{number:,}")
+    rich.console.Console().print(table)
+    for shard, damage in {**looked_at.damaged, **judged.damaged}.items():
+        print(f"warning: shard {shard} {damage}")
+    print(f"{len(pictures) / count:.1%} of the evaluation images are in the training data".replace("%", " %"))
+    print(f"pairs: {output / 'contamination.csv'}; to look at: {output / 'contamination.html'}")
+    return numbers
