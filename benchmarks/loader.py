@@ -168,12 +168,11 @@ class Bench:
         print("open_clip: cannot go on inside an epoch; it starts the epoch again, in another order")
 
     def memory(self) -> None:
-        """Resident memory over epochs, 2 workers."""
-        for side in self.sides:
-            rows = self.run(self.job(side, "memory", SMALL, workers=2, epochs=self.options.epochs))["resident_mb"]
-            shown = [epoch for epoch in EPOCHS_SHOWN if epoch <= len(rows)]
-            text = ", ".join(f"{epoch}: {rows[epoch - 1][0]:,} + {rows[epoch - 1][1]:,}" for epoch in shown)
-            print(f"\n{side}, MB resident after epochs of {SMALL.samples:,}, process + workers: {text}", flush=True)
+        """Resident memory of clipscale's loader over epochs, 2 workers."""
+        job = self.job("clipscale", "memory", SMALL, workers=2, epochs=self.options.epochs)
+        rows = self.run(job)["resident_mb"]
+        text = ", ".join(f"{n}: {rows[n - 1][0]:,} + {rows[n - 1][1]:,}" for n in EPOCHS_SHOWN if n <= len(rows))
+        print(f"\nMB resident after epochs of {SMALL.samples:,} samples, process + workers: {text}", flush=True)
 
 
 def _seconds(rows: list[dict]) -> str:
