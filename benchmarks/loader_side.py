@@ -160,11 +160,16 @@ def rates(job: Job) -> Callable[[], dict[str, Any]]:
 
 
 def _first(side: Side) -> dict[str, Any]:
-    """Seconds and bytes read until the first batch is there; samples of those that lay before it."""
-    read, started = _bytes_read(), time.perf_counter()
-    next(side.batches())
-    seconds = time.perf_counter() - started
-    return {"first_s": seconds, "read_bytes": _bytes_read() - read, "again": getattr(side, "again", 0)}
+    """Seconds, CPU seconds and bytes read until the first batch is there; samples of those that lay before it."""
+    read, cpu, started = _bytes_read(), _cpu_s(), time.perf_counter()
+    batches = side.batches()
+    next(batches)
+    return {
+        "first_s": time.perf_counter() - started,
+        "first_cpu_s": _cpu_s() - cpu,
+        "read_bytes": _bytes_read() - read,
+        "again": getattr(side, "again", 0),
+    }
 
 
 def _memory(job: Job, side: Side) -> dict[str, Any]:
