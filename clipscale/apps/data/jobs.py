@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from clipscale.apps.data.shards import sweep
 from clipscale.errors import ClipscaleError, ConfigError, DataError
 
 MARKERS = ".clipscale"  # directory of an output that says what is done
@@ -103,6 +104,7 @@ class Jobs:
         mapping only when their turn comes. Raises ClipscaleError from a task.
         """
         self._claim()
+        sweep(self.output)
         number, nodes = share()
         names = list(tasks)
         others = [name for i, name in enumerate(names) if i % nodes != number]
@@ -203,7 +205,8 @@ def _with_ray(work: Callable[[T], Any], todo: Todo[T]) -> Iterator[None]:
         import ray
     except ImportError:
         raise ConfigError("--ray needs Ray: pip install 'clipscale[ray]'") from None
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
     finish = ray.remote(_finish)
     begun: list[Any] = []
     at_once = 2 * int(ray.cluster_resources().get("CPU", 1))

@@ -95,7 +95,9 @@ def pack(
     )  # fmt: skip
     made_of = f"column {table.caption_column}" if caption_template is None else repr(caption_template)
     print(f"{table.path}: {len(table.rows):,} rows; images of column {table.image_column}, captions of {made_of}")
-    options = {**vars(settings), "rows": table.rows.digest(), "split": split, "samples": shard_samples, "seed": seed}
+    options = {
+        **vars(settings), "source": table.rows.digest(), "split": split, "shard_samples": shard_samples, "seed": seed,
+    }  # fmt: skip
     engine = Jobs(output, "pack", options, jobs, ray)
     rows, ends = _samples(table.rows, table.image_column)
     _try_some(table, settings, rows[ends[:-1]])
