@@ -18,7 +18,7 @@ import rich.console
 from numpy.typing import NDArray
 from rich.table import Table
 
-from clipscale.apps.data.jobs import Jobs, Tasks
+from clipscale.apps.data.jobs import Jobs, Tasks, scratch_beside
 from clipscale.apps.data.packing import (
     FORMATTER,
     Sample,
@@ -253,7 +253,7 @@ def _finish(output: Path, settings: Settings, shares: Mapping[str, float], resul
 
 
 def _write_skipped(path: Path, skipped: Sequence[Sequence[Any]]) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch = scratch_beside(path)
     try:
         with scratch.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("row", "path", "reason"), *skipped])

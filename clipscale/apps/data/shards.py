@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import webdataset as wds
 
+from clipscale.apps.data.jobs import scratch_beside
 from clipscale.config import Config
 from clipscale.config.compose import override
 from clipscale.data.io import ShardStore
@@ -45,7 +44,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
 
     Raises DataError when it cannot be written.
     """
-    scratch = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    scratch = scratch_beside(path)
     count = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,21 +58,3 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
     finally:
         scratch.unlink(missing_ok=True)
     return count
-
-
-def sweep(directory: Path) -> None:
-    """Remove what processes of this machine had half written when they were killed."""
-    for scratch in directory.glob(f".*.{socket.gethostname()}.*.tmp"):
-        process = scratch.suffixes[-2].removeprefix(".")
-        if process.isdigit() and not _runs(int(process)):
-            scratch.unlink(missing_ok=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
