@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -18,9 +20,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from braceexpand import braceexpand
 from PIL import Image
 
+from clipscale.apps.data.cli import data_app
 from clipscale.apps.data.pack import pack, pattern
 from clipscale.apps.data.packing import fill
 from clipscale.apps.data.splits import assign, check_apart, connect, parse_split
@@ -557,3 +561,33 @@ def test_shares() -> None:
 def test_patterns(names: list[str], expected: str) -> None:
     assert pattern(names) == expected
     assert [name for part in expected.split("::") for name in braceexpand(part)] == names
+
+
+def documented() -> list[str]:
+    """Every packing command of the documents."""
+    page = (ROOT / "docs" / "packing.md").read_text()
+    found = re.findall(r"clipscale data (pack [^\"\n]+)", "\n".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL)))
+    assert len(found) >= 4
+    return found
+
+
+@pytest.mark.parametrize("line", documented())
+def test_the_documents_name_options_that_there_are(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    parsed = typer.main.get_command(data_app).commands["pack"].make_context("pack", words[1:])  # type: ignore[attr-defined]
+    assert parsed.params["output"]
+
+
+def test_the_documents_example_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "packing.md").read_text()
+    example = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert example
+    subprocess.run([sys.executable, "-c", example[1]], cwd=tmp_path, check=True)
+    command = [sys.executable, "-m", "clipscale.cli", "data", *shlex.split(documented()[0]), "-j", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = packed(tmp_path / "shards")
+    assert [len(shard) for shard in found.values()] == [20, 160, 20]
+    grey = {key: np.asarray(Image.open(io.BytesIO(members["jpg"]))).mean() for key, members in samples(found).items()}
+    assert all(abs(grey[f"{number:09d}"] - min(number * 20 * 255 / 4095, 255)) < 1.5 for number in range(200))
