@@ -31,6 +31,7 @@ from clipscale.apps.data.splits import assign, check_apart, connect, parse_split
 from clipscale.cli import _is_override
 from clipscale.config import compose
 from clipscale.data.manifest import expand_shards
+from clipscale.data.order import SampleOrder
 from clipscale.data.samples import decode_image
 from clipscale.errors import ClipscaleError, ConfigError, DataError
 from tests.shards import STORE, jpeg
@@ -529,8 +530,21 @@ def test_a_row_without_a_group_is_named(tmp_path: Path) -> None:
 def test_nothing_that_can_be_packed_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"<html>")
     source = table(tmp_path / "t.csv", [{"image": "a.jpg", "caption": "it"}])
-    with pytest.raises(DataError, match=r"no sample could be packed \(1 undecodable_image\)"):
+    with pytest.raises(DataError, match=r"no sample of train could be packed \(1 undecodable_image\)"):
         run(source, tmp_path / "out")
+
+
+def test_a_shard_of_which_nothing_could_be_packed_is_there_and_empty(tmp_path: Path) -> None:
+    """Or the pattern that names the shards would have a hole."""
+    pictures(tmp_path, 1)
+    (tmp_path / "a.jpg").write_bytes(b"<html>")
+    source = table(tmp_path / "t.csv", [{"image": name, "caption": "it"} for name in ("a.jpg", "000.jpg")])
+    found = run(source, tmp_path / "out", shard_samples=1)
+    assert sorted(len(shard) for shard in found.values()) == [0, 1]
+    files = expand_shards("train-{000000..000001}.tar", str(tmp_path / "out"), "key", STORE)
+    assert sorted((file.index.samples, file.index.damage) for file in files) == [(0, ""), (1, "")]
+    order = SampleOrder([(file.name, file.index.samples) for file in files], None, seed=0, streams=2, window=4)
+    assert {files[order.locate(0, place).shard].index.samples for place in range(4)} == {1}
 
 
 def test_other_options_or_rows_are_refused(source: Path, tmp_path: Path) -> None:

@@ -231,9 +231,9 @@ def _finish(output: Path, settings: Settings, shares: Mapping[str, float], resul
     skipped = sorted(each for result in results.values() for each in result["skipped"])
     reasons = Counter(reason for _, _, reason in skipped)
     _write_skipped(output / "skipped.csv", skipped)
-    if not any(result["samples"] for result in results.values()):
+    if empty := [name for name, made in by_split.items() if not any(each["samples"] for each in made)]:
         told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-        raise DataError(f"no sample could be packed ({told}); see {output / 'skipped.csv'}")
+        raise DataError(f"no sample of {' and '.join(empty)} could be packed ({told}); see {output / 'skipped.csv'}")
     table = Table(title=str(output), title_justify="left")
     for column in ("split", "samples", "captions", "shards", "MB", *(["groups"] if settings.group_by else [])):
         table.add_column(column, justify="left" if column == "split" else "right")
