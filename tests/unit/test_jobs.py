@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from clipscale.apps.data.jobs import MARKERS, Jobs, Tasks, share
+from clipscale.apps.data.jobs import MARKERS, Jobs, Tasks, scratch_beside, share
 from clipscale.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def work(output: Path, name: str) -> dict[str, Any]:
         log.write(f"{number}\n")
     while (output / "gate").exists() and int(number) >= 4:
         time.sleep(0.01)
-    scratch = output / f".{number}.{os.getpid()}.tmp"
+    scratch = scratch_beside(output / number)
     scratch.write_text(name)
     scratch.replace(output / f"{number}.out")
     return {"name": name, "length": len(name)}

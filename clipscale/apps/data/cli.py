@@ -30,7 +30,7 @@ def pack_command(
         Path,
         typer.Argument(
             help="A folder of images with same-named .txt files, or a table: .csv, .tsv, .jsonl, .parquet, or COCO "
-            "captions .json."
+            "captions .json; see docs/packing.md."
         ),
     ],
     output: Output,
@@ -47,7 +47,7 @@ def pack_command(
         str | None, typer.Option(help="Column whose values are never in two splits, e.g. patient_id.")
     ] = None,
     size: Annotated[int, typer.Option(help="Largest shorter side in pixels; 0 keeps every file as it is.")] = 0,
-    quality: Annotated[int, typer.Option(help="JPEG quality of what is encoded anew.")] = 95,
+    quality: Annotated[int, typer.Option(help="JPEG quality of what is shrunk.")] = 95,
     window: Annotated[
         str | None,
         typer.Option(help="LOW/HIGH: values of 16-bit greyscale images that become black and white; default each "

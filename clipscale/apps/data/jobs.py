@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,6 +104,7 @@ class Jobs:
         mapping only when their turn comes. Raises ClipscaleError from a task.
         """
         self._claim()
+        _sweep(self.output)
         number, nodes = share()
         names = list(tasks)
         others = [name for i, name in enumerate(names) if i % nodes != number]
@@ -203,7 +205,8 @@ def _with_ray(work: Callable[[T], Any], todo: Todo[T]) -> Iterator[None]:
         import ray
     except ImportError:
         raise ConfigError("--ray needs Ray: pip install 'clipscale[ray]'") from None
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
     finish = ray.remote(_finish)
     begun: list[Any] = []
     at_once = 2 * int(ray.cluster_resources().get("CPU", 1))
@@ -237,10 +240,33 @@ class _Bar:
 
 def _write(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all. Raises DataError where it cannot be written."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    scratch = scratch_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_text(json.dumps(value))
         scratch.replace(path)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def scratch_beside(path: Path) -> Path:
+    """Where a file is written before it takes its name, so that it is there whole or not at all."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def _sweep(directory: Path) -> None:
+    """Remove what processes of this machine had half written when they were killed."""
+    for scratch in directory.glob(f".*.{socket.gethostname()}.*.tmp"):
+        process = scratch.suffixes[-2].removeprefix(".")
+        if process.isdigit() and not _runs(int(process)):
+            scratch.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -18,7 +18,7 @@ import rich.console
 from numpy.typing import NDArray
 from rich.table import Table
 
-from clipscale.apps.data.jobs import Jobs, Tasks
+from clipscale.apps.data.jobs import Jobs, Tasks, scratch_beside
 from clipscale.apps.data.packing import (
     FORMATTER,
     Sample,
@@ -95,7 +95,9 @@ def pack(
     )  # fmt: skip
     made_of = f"column {table.caption_column}" if caption_template is None else repr(caption_template)
     print(f"{table.path}: {len(table.rows):,} rows; images of column {table.image_column}, captions of {made_of}")
-    options = {**vars(settings), "rows": table.rows.digest(), "split": split, "samples": shard_samples, "seed": seed}
+    options = {
+        **vars(settings), "source": table.rows.digest(), "split": split, "shard_samples": shard_samples, "seed": seed,
+    }  # fmt: skip
     engine = Jobs(output, "pack", options, jobs, ray)
     rows, ends = _samples(table.rows, table.image_column)
     _try_some(table, settings, rows[ends[:-1]])
@@ -229,9 +231,9 @@ def _finish(output: Path, settings: Settings, shares: Mapping[str, float], resul
     skipped = sorted(each for result in results.values() for each in result["skipped"])
     reasons = Counter(reason for _, _, reason in skipped)
     _write_skipped(output / "skipped.csv", skipped)
-    if not any(result["samples"] for result in results.values()):
+    if empty := [name for name, made in by_split.items() if not any(each["samples"] for each in made)]:
         told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-        raise DataError(f"no sample could be packed ({told}); see {output / 'skipped.csv'}")
+        raise DataError(f"no sample of {' and '.join(empty)} could be packed ({told}); see {output / 'skipped.csv'}")
     table = Table(title=str(output), title_justify="left")
     for column in ("split", "samples", "captions", "shards", "MB", *(["groups"] if settings.group_by else [])):
         table.add_column(column, justify="left" if column == "split" else "right")
@@ -251,7 +253,7 @@ def _finish(output: Path, settings: Settings, shares: Mapping[str, float], resul
 
 
 def _write_skipped(path: Path, skipped: Sequence[Sequence[Any]]) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch = scratch_beside(path)
     try:
         with scratch.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("row", "path", "reason"), *skipped])

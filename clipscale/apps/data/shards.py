@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
+from clipscale.apps.data.jobs import scratch_beside
 from clipscale.config import Config
 from clipscale.config.compose import override
 from clipscale.data.io import ShardStore
@@ -66,7 +66,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
     Not by WebDataset's writer: it leaves out members whose names begin with ``_``, and spends a kilobyte of each
     member on its time. Raises DataError when the disk is full or the directory cannot be written.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch = scratch_beside(path)
     written = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -235,7 +235,7 @@ def _json(path: Path, rows: Rows) -> tuple[str | None, str | None]:
         for image in content["images"]:
             rows.append({"file_name": image["file_name"], **image, "captions": captions[image["id"]]})
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path} is not COCO's captions file: {error} is missing") from None
+        raise DataError(f"{path} is not COCO's captions file: {error} is missing in it") from None
     return "file_name", "captions"
 
 
