@@ -101,8 +101,8 @@ def _evaluation(paths: tuple[Path, ...]) -> Pictures:
     parts = [load_pictures(path) for path in paths]
     before = np.cumsum([0, *(len(part.keys) for part in parts)])
     owners = [part.caption_of + first for part, first in zip(parts, before, strict=False)]
-    columns = [np.concatenate([part[field] for part in parts]) for field in range(1, len(Pictures._fields) - 1)]
-    return Pictures([key for part in parts for key in part.keys], *columns, np.concatenate(owners))
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Pictures._fields[1:-1]}
+    return Pictures([key for part in parts for key in part.keys], caption_of=np.concatenate(owners), **columns)
 
 
 def compare(task: CompareTask) -> dict[str, Any]:

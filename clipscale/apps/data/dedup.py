@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ def cluster(task: ClusterTask) -> dict[str, Any]:
     counts = {"exact_duplicate": int(same.sum()), "near_duplicate": int((~same).sum())}
     return {
         "dropped": {reason: count for reason, count in counts.items() if count},
-        "kept": [int(kept[a:b].sum()) for a, b in zip(starts, starts[1:], strict=False)],
+        "kept": [int(kept[a:b].sum()) for a, b in pairwise(starts)],
     }
 
 

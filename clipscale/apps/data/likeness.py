@@ -13,7 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,14 +136,14 @@ def alike(one: NDArray[np.uint8], other: NDArray[np.uint8], distance: int) -> ND
 def near_pairs(hashes: NDArray[np.uint64], distance: int) -> NDArray[np.int64]:
     """All pairs ``a < b`` of hashes UInt64[N] that differ in at most ``distance`` bits, Int[P, 2] in order.
 
-    Not by comparing all with all: of ``distance`` different bits, spread over M bands, some band has ``distance // M`` or
-    fewer (Norouzi et al. 2012, "Fast search in Hamming space with multi-index hashing"). So each hash looks up, in a
-    sorted list per band, the values that its own becomes with that many bits turned.
+    Not by comparing all with all: of ``distance`` different bits, spread over M bands, some band has ``distance // M``
+    or fewer (Norouzi et al. 2012, "Fast search in Hamming space with multi-index hashing"). So each hash looks up, in
+    a sorted list per band, the values that its own becomes with that many bits turned.
     """
     found = [np.empty((0, 2), np.int64)]
     bands = _band_count(len(hashes), distance)
     edges = [64 * i // bands for i in range(bands + 1)]
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         values = hashes >> np.uint64(low) & np.uint64((1 << high - low) - 1)
         order = np.argsort(values, kind="stable")
         ranked = values[order]
@@ -167,7 +167,7 @@ def _close_ones(
     sizes = stop - start
     upto = np.cumsum(sizes)
     cuts = np.searchsorted(upto, np.arange(0, upto[-1] if len(upto) else 0, CANDIDATES), "right")
-    for first, last in zip(cuts, [*cuts[1:], len(sizes)], strict=True):
+    for first, last in pairwise([*cuts.tolist(), len(sizes)]):
         some = sizes[first:last]
         ones = np.repeat(np.arange(first, last), some)
         behind = np.arange(len(ones)) - np.repeat(np.cumsum(some) - some, some)
