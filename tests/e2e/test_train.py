@@ -292,7 +292,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/data.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/data.md", "docs/inspecting.md"])
 def test_the_examples_run(demo: Path, page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
