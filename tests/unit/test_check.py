@@ -115,6 +115,12 @@ def test_samples_that_the_index_declares_and_a_cut_took_are_lost(tmp_path: Path)
     assert found["reasons"]["no_caption"]["samples"] == 1, "its image is all that is left of it"
 
 
+def test_a_shard_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    path = write_shards(tmp_path, [6])[0]
+    code = check(f"pipe:cat {path}; exit 3", tmp_path / "one", ["data.max_bad_fraction=null"], jobs=1)
+    assert code == 4 and "ended with code 3" in str(report(tmp_path / "one")["unreadable_shards"])
+
+
 def test_keys_that_occur_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a shard and across shards, however many tasks the hashes are spread over."""
     named = [["a", "b", "a"], ["b", "c"], ["a", "d", "e"]]

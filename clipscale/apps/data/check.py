@@ -123,13 +123,15 @@ class _Found:
 
 def _check_shard(task: _Task) -> dict[str, Any]:
     found, damage, unreadable, expected = _Found(), "", "", 0
+    mismatches: list[str] = []
     try:
-        mismatches = differences(task.file, task.entry) if task.entry else []
+        if task.entry:
+            mismatches = differences(task.file, task.entry)
         damage, expected = task.file.index.damage, task.file.index.samples
         for sample in all_samples(task.file):
             found.add(sample, task.data)
     except DataError as error:
-        mismatches, unreadable = [], str(error)
+        unreadable = str(error)
     if task.entry:
         expected = max(expected, task.entry["samples"])
     reasons = Counter(reason for _, reason in found.bad)

@@ -40,7 +40,7 @@ nav { margin: .5rem 0 1.25rem; display: flex; flex-wrap: wrap; gap: .25rem 1rem 
 .lists { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)) }
 .sheet { grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)) }
 .tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .8rem }
-.tile b { display: block; font-size: 1.3rem; font-weight: 600; line-height: 1.3 } .tile span { color: var(--soft) }
+.tile strong { display: block; font-size: 1.3rem; font-weight: 600; line-height: 1.3 } .tile span { color: var(--soft) }
 .card { padding: 0; overflow: hidden; font-size: 13px; line-height: 1.35 }
 .frame { height: 9.5rem; display: flex; align-items: center; justify-content: center; background: var(--line) }
 .frame img { max-width: 100%; max-height: 100%; object-fit: contain }
@@ -108,7 +108,9 @@ def _head(found: Mapping[str, Any]) -> str:
         "captions that repeat one": f"{captions['duplicate_fraction']:.1%}",
         "distinct captions": f"{captions['distinct']:,}",
     }  # fmt: skip
-    shown_tiles = "".join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in tiles.items())
+    shown_tiles = "".join(
+        f'<div class="tile"><strong>{value}</strong><span>{name}</span></div>' for name, value in tiles.items()
+    )
     names = ("samples", "captions", "images", "shards", "fields", "extremes", "unusable")
     links = "".join(f'<a href="#{name}">{name}</a>' for name in names)
     first, last = found["shards"]["first"], found["shards"]["last"]

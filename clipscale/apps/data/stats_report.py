@@ -84,7 +84,9 @@ def number(value: float) -> str:
     """A number for people: three digits or all of an integer."""
     if abs(value) >= 1e7:
         return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
-    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3g}"
+    if value == int(value) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.2g}" if abs(value) < 1e-3 else f"{value:.3g}"
 
 
 def size(count: float) -> str:
