@@ -195,7 +195,7 @@ def encode(data: bytes, settings: Settings) -> tuple[str, bytes]:
         image = upright(image, settings.window)
         if has_transparency(image):
             image = image.convert("RGBA")
-        elif image.mode != "L":
+        elif image.mode not in ("L", "RGB"):
             image = image.convert("RGB")
         if shrinks:
             image = image.resize(_shrunk(image.size, settings.size), Image.Resampling.LANCZOS)
