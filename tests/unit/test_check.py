@@ -15,6 +15,7 @@ import pytest
 from clipscale.apps.data import repeats
 from clipscale.apps.data.check import caption_warnings, check, image_warnings
 from clipscale.apps.data.jobs import Jobs
+from clipscale.data.index import read_index
 from clipscale.errors import ConfigError, DataError
 from tests.shards import jpeg, sample, write_shard, write_shards
 
@@ -85,7 +86,9 @@ def test_the_budget_is_that_of_training(tmp_path: Path, limit: str, code: int) -
 
 def declare(path: Path, **changes: Any) -> None:
     data = path.read_bytes()
-    entry = {"samples": 6, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **changes}
+    entry = {"samples": 6, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "damage": ""}
+    entry |= {"offsets": [0, 28], **changes}
+    read_index.cache_clear()
     path.with_name("shards.json").write_text(json.dumps({"format": 1, "shards": {path.name: entry}}))
 
 
@@ -194,7 +197,7 @@ def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="3 of 3 shards do not exist"):
         check(str(tmp_path / "{7..9}.tar"), tmp_path / "out", [])
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot be written"):
         check(path, tmp_path / "file", [])
     with pytest.raises(ConfigError, match="no such key"):
         check(path, tmp_path / "out", ["data.caption=txt"])

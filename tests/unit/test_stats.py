@@ -183,7 +183,7 @@ def test_mistakes(tmp_path: Path) -> None:
         stats(str(tmp_path / "none.tar"), tmp_path / "out", [])
     with pytest.raises(ConfigError, match=r"tokenizer\.name=klip"):
         stats(path, tmp_path / "out", ["tokenizer.name=klip"])
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot be written"):
         stats(path, tmp_path / "file", [], jobs=1)
 
 

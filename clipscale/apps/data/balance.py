@@ -147,7 +147,7 @@ def match_concepts(task: MatchTask) -> dict[str, Any]:
         task.matches, names=_as_array(list(names)), concept=np.array(concept, np.int64),
         sample=np.array(place_of, np.int64), hash=np.array(hashes, np.uint64),
     )  # fmt: skip
-    return {"read": read, "dropped": dropped, "damage": task.file.index.damage}
+    return {"read": read, "dropped": dropped, "damage": task.file.summary.damage}
 
 
 def _concepts(sample: Member, task: MatchTask) -> set[str]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,10 +16,10 @@ from clipscale.apps.data.check_report import Report, print_report
 from clipscale.apps.data.examine import examine, labels, own_key, shown
 from clipscale.apps.data.jobs import MARKERS, Jobs
 from clipscale.apps.data.repeats import find_repeats, save_hashes, within
-from clipscale.apps.data.shards import all_samples, identity, named_shards
+from clipscale.apps.data.shards import all_samples, digest, identity, named_shards
 from clipscale.apps.data.summaries import Top
 from clipscale.config.data import Data
-from clipscale.data.io import ELSEWHERE, PIPE, ShardStore
+from clipscale.data.index import Declared
 from clipscale.data.manifest import ShardFile
 from clipscale.data.samples import BadSample, Member
 from clipscale.data.stream import read_samples
@@ -47,7 +45,7 @@ class _Task:
     label: str
     file: ShardFile
     data: Data
-    entry: Mapping[str, Any] | None
+    declared: Declared | None
     parts: Path
 
     def part(self, kind: str) -> Path:
@@ -64,11 +62,12 @@ def check(
     """
     files, config = named_shards(shards, overrides)
     data = config.data
-    entries = [declared(file) for file in files]
+    entries = [file.declared for file in files]
+    files = [replace(file, declared=None) for file in files]  # what they hold is found out anew
     options = {
         "shards": identity(files), "image_keys": data.image_keys, "caption_key": data.caption_key,
         "max_pixels": data.max_pixels,
-        "index": [entry and [entry["samples"], entry["bytes"], entry["sha256"]] for entry in entries],
+        "index": [entry and [entry.samples, entry.size, entry.sha256] for entry in entries],
     }  # fmt: skip
     parts = output / MARKERS / "check" / "parts"
     named = enumerate(zip(labels(files), files, entries, strict=True))
@@ -125,15 +124,15 @@ def _check_shard(task: _Task) -> dict[str, Any]:
     found, damage, unreadable, expected = _Found(), "", "", 0
     mismatches: list[str] = []
     try:
-        if task.entry:
-            mismatches = differences(task.file, task.entry)
-        damage, expected = task.file.index.damage, task.file.index.samples
+        if task.declared:
+            mismatches = differences(task.file, task.declared)
+        expected, _, damage = task.file.summary
         for sample in all_samples(task.file):
             found.add(sample, task.data)
     except DataError as error:
         unreadable = str(error)
-    if task.entry:
-        expected = max(expected, task.entry["samples"])
+    if task.declared:
+        expected = max(expected, task.declared.samples)
     reasons = Counter(reason for _, reason in found.bad)
     if expected > found.samples:
         reasons["lost_with_the_archive"] = expected - found.samples
@@ -174,55 +173,17 @@ def _was_utf8(run: str) -> bool:
     return False
 
 
-def declared(file: ShardFile) -> Mapping[str, Any] | None:
-    """What the ``shards.json`` beside a shard says of it: ``samples``, ``bytes``, ``sha256``; None if nothing does."""
-    folder = file.location.rpartition("/")[0]
-    return None if file.location.startswith(PIPE) else _index_beside(file.store, folder).get(file.name)
-
-
-@lru_cache(maxsize=64)
-def _index_beside(store: ShardStore, folder: str) -> Mapping[str, Any]:
-    location = f"{folder}/shards.json"
-    try:
-        with store.open(location) as raw:
-            text = raw.read()
-    except DataError:
-        return {}  # most have none
-    try:
-        shards = json.loads(text)["shards"]
-        {(entry["samples"], entry["bytes"], entry["sha256"]) for entry in shards.values()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{location} is no index of shards; make it anew with clipscale data index") from None
-    return shards
-
-
-def differences(file: ShardFile, entry: Mapping[str, Any]) -> list[str]:
-    """How a shard differs from what its index declares; the checksum is taken where the size agrees."""
+def differences(file: ShardFile, declared: Declared) -> list[str]:
+    """How a shard differs from what is declared of it; the checksum is taken where the size agrees."""
     size = file.store.version(file.location).size
-    if size != entry["bytes"]:
-        return [f"holds {size:,} bytes, its index says {entry['bytes']:,}"]
+    if declared.size not in (None, size):
+        return [f"holds {size:,} bytes, its index says {declared.size:,}"]
     found = []
-    if entry["sha256"] and sha256(file) != entry["sha256"]:
+    if declared.sha256 and digest(file)[1] != declared.sha256:
         found.append("its sha256 is not the one of its index: bytes in it changed")
-    if file.index.samples != entry["samples"]:
-        found.append(f"holds {file.index.samples:,} samples, its index says {entry['samples']:,}")
+    if file.summary.samples != declared.samples:
+        found.append(f"holds {file.summary.samples:,} samples, its index says {declared.samples:,}")
     return found
-
-
-def sha256(file: ShardFile) -> str:
-    """Of the bytes as they lie there, still zipped if they are."""
-    if not file.location.startswith(ELSEWHERE):
-        try:
-            with Path(file.location).open("rb") as raw:
-                return hashlib.file_digest(raw, "sha256").hexdigest()
-        except OSError as error:
-            raise DataError(f"{file.location} cannot be read: {error.strerror}") from None
-    version, digest = file.store.version(file.location), hashlib.sha256()
-    assert version.size is not None  # what a command prints has no index
-    for start in range(0, version.size, file.store.burst):
-        stop = min(start + file.store.burst, version.size)
-        digest.update(file.store.read(file.location, version, start, stop))
-    return digest.hexdigest()
 
 
 def _holds(sample: Member) -> str:

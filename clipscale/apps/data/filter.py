@@ -139,7 +139,7 @@ def filter_shard(task: FilterTask) -> dict[str, Any]:
 
     count = write_shard(task.path, distinct(kept()))
     read = count + dropped.total()
-    return {"read": read, "kept": count, "dropped": dropped, "met": met, "damage": task.file.index.damage}
+    return {"read": read, "kept": count, "dropped": dropped, "met": met, "damage": task.file.summary.damage}
 
 
 class Fields:
@@ -232,7 +232,7 @@ def _version(path: Path | None) -> str | None:
 def _refuse_unknown(names: set[str], files: Sequence[ShardFile]) -> None:
     """Raise ConfigError for a field that none of the first samples has: a slip would drop everything, hours later."""
     seen: set[str] = set()
-    samples = (sample for file in files if file.index.samples for sample in all_samples(file))
+    samples = (sample for file in files if file.summary.samples for sample in all_samples(file))
     for sample in islice(samples, LOOKED_AT):
         try:
             fields = _json(sample)

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from clipscale.apps.data.jobs import Jobs, share
-from clipscale.apps.data.shards import identity, named_shards
+from clipscale.apps.data.shards import digest, identity, named_shards
 from clipscale.data.index import FORMAT, INDEX, OFFSETS, SIZES, cache_dir, pack_offsets, sample_key, walk
 from clipscale.data.io import PIPE, ShardStore, parent, resolve
 from clipscale.data.manifest import ShardFile
 from clipscale.data.table import is_table
 from clipscale.data.tar import TarError, members
 from clipscale.errors import ConfigError, MissingError
-
-BURST = 1 << 25  # bytes
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def _index(task: _Task) -> dict[str, Any]:
             bad["duplicate_member"].append(key)
         elif not set(suffixes) & set(task.image_keys):
             bad["no_image"].append(key)
-    size, sha256 = _digest(file)
+    size, sha256 = digest(file)
     return {
         "samples": found.samples, "bytes": size, "sha256": sha256, "damage": found.damage, "bad": bad,
         "offsets": base64.b64encode(pack_offsets(found.offsets)).decode(),
@@ -92,16 +90,6 @@ def _suffixes(file: ShardFile, end: int) -> list[tuple[str, list[str]]]:
     except TarError:
         pass  # the walk has told of it
     return found
-
-
-def _digest(file: ShardFile) -> tuple[int, str]:
-    """Bytes of a shard as it is stored, and their SHA-256."""
-    digest, size = hashlib.sha256(), 0
-    with file.store.open_stored(file.location) as raw:
-        while part := raw.read(BURST):
-            digest.update(part)
-            size += len(part)
-    return size, digest.hexdigest()
 
 
 def _by_folder(

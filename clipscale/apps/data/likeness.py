@@ -95,7 +95,7 @@ def look(task: LookTask) -> dict[str, Any]:
         captions=np.array([caption for caption, _ in captions], np.uint64),
         caption_of=np.array([owner for _, owner in captions], np.int64),
     )  # fmt: skip
-    return {"read": read, "kept": len(keys), "dropped": dropped, "damage": task.file.index.damage}
+    return {"read": read, "kept": len(keys), "dropped": dropped, "damage": task.file.summary.damage}
 
 
 def load_pictures(path: Path) -> Pictures:

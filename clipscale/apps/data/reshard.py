@@ -75,7 +75,7 @@ def reshard(
 
 def count_samples(file: ShardFile) -> dict[str, Any]:
     """How many samples a shard holds, and what is wrong with it."""
-    return {"samples": file.index.samples, "damage": file.index.damage}
+    return {"samples": file.summary.samples, "damage": file.summary.damage}
 
 
 def plan_groups(output: Path, sources: Iterable[Piece], shard_samples: int) -> dict[str, Group]:

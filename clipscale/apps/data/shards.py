@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import tarfile
@@ -35,6 +36,16 @@ def named_shards(shards: str, overrides: Sequence[str]) -> tuple[list[ShardFile]
 def identity(files: Sequence[ShardFile]) -> list[list[object]]:
     """What tells these shards from others, for a tool's options: location, size and version of each."""
     return [[file.location, *file.store.version(file.location)] for file in files]
+
+
+def digest(file: ShardFile) -> tuple[int, str]:
+    """Bytes of a shard as it is stored, zipped if it is, and their SHA-256."""
+    found, size = hashlib.sha256(), 0
+    with file.store.open_stored(file.location) as raw:
+        while part := raw.read(file.store.burst):
+            found.update(part)
+            size += len(part)
+    return size, found.hexdigest()
 
 
 def all_samples(file: ShardFile) -> Iterator[Member]:

@@ -117,7 +117,7 @@ def scatter(task: Scatter) -> dict[str, Any]:
         raise DataError(f"{task.run} cannot be written: {error.strerror}") from None
     return {
         "read": len(records) + dropped.total(), "kept": len(records), "dropped": dropped,
-        "damage": task.file.index.damage, "sum": sum(map(_digest, records)),
+        "damage": task.file.summary.damage, "sum": sum(map(_digest, records)),
     }  # fmt: skip
 
 

@@ -94,11 +94,11 @@ def _describe_shard(task: _Task) -> dict[str, Any]:
         found = describe(summary, sample, place, task.data, task.tokenizer, task.context_length)
         summary.count("used", int(bool(found)))
         captions += found
-    index = task.file.index
+    samples, _, damage = task.file.summary
     save_hashes(task.part("captions.npy"), captions)
     task.part("json").write_text(json.dumps(summary.to_json()))
-    size = index.version.size
-    return {"samples": index.samples, "bytes": int(index.offsets[-1]) if size is None else size, "damage": index.damage}
+    size = task.file.store.version(task.file.location).size
+    return {"samples": samples, "bytes": int(task.file.index.offsets[-1]) if size is None else size, "damage": damage}
 
 
 def _add_up(tasks: Sequence[_Task], results: Sequence[dict[str, Any]]) -> Summary:
