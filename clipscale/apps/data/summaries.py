@@ -159,4 +159,4 @@ class Draw:
 
 
 def _plain(value: float) -> float:
-    return int(value) if value == int(value) else round(value, 6)
+    return int(value) if value == int(value) else float(f"{value:.6g}")
