@@ -139,9 +139,6 @@ def main() -> None:
     except ClipscaleError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(ExitCode.FAILED)
 
 
 if __name__ == "__main__":

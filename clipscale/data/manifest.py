@@ -94,7 +94,7 @@ def expand_shards(
         hint = "" if root else " (data.root is not set; relative names are looked up in the current directory)"
         raise DataError(
             f"{key}: {len(missing)} of {len(files)} shards do not exist, first {missing[0]}{hint}; "
-            f"set data.root or {key}"
+            f"check data.root and {key}"
         )
     return [part for file in _declare(files, key, index) for part in _parts(file)]
 

@@ -21,6 +21,7 @@ CLIP_MODEL = "ViT-B-32"
 # Printable ASCII without what could be markup.
 PLAIN = re.compile(r"[ !-%'-;=-~]*")
 MOST_WORDS = 1 << 16
+LETTERS = 16  # per token of the context: what is kept of one word; byte-pair merging is quadratic in its length
 
 
 class Tokenizer:
@@ -65,6 +66,8 @@ class Tokenizer:
             self._words.clear()
         if len(self._impl.cache) > MOST_WORDS:  # open_clip's own memory of words grows for ever
             self._impl.cache = dict(islice(self._impl.cache.items(), len(self._impl.all_special_ids)))
+        if len(caption) > (longest := LETTERS * self.context_length):
+            caption = re.sub(rf"(\S{{{longest}}})\S+", r"\1", caption)
         if not PLAIN.fullmatch(caption):
             return list(self._impl.encode(caption))
         ids: list[int] = []

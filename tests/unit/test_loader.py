@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from clipscale.config.data import LongCaption
 from clipscale.data import loader
 from clipscale.data.index import ShardIndex, walk
 from clipscale.data.loader import SampleOptions, TrainLoader
@@ -17,7 +19,7 @@ from clipscale.data.samples import ImageOptions
 from clipscale.data.stream import read_samples, read_stream
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.errors import DataError
-from tests.shards import STORE, sample, shard_files, write_shard, write_shards
+from tests.shards import STORE, jpeg, sample, shard_files, write_shard, write_shards
 
 STREAMS = 12
 BAD = {3: {"jpg": b"broken", "txt": b"x"}, 17: {"txt": b"no image"}, 40: {"jpg": sample(40)["jpg"]}}
@@ -43,9 +45,11 @@ def index(path: Path) -> ShardIndex:
     return ShardFile(STORE, str(path)).index
 
 
-def make_loader(files: list[ShardFile], order: SampleOrder, tokenizer: Tokenizer, batch: int) -> TrainLoader:
+def make_loader(
+    files: list[ShardFile], order: SampleOrder, tokenizer: Tokenizer, batch: int, **given: Any
+) -> TrainLoader:
     """The batches of one rank from the start."""
-    options = SampleOptions(("jpg",), "txt", ImageOptions(16, (0.5, 1.0), (0.75, 4 / 3), 10**6), 5)
+    options = SampleOptions(("jpg",), "txt", ImageOptions(16, (0.5, 1.0), (0.75, 4 / 3), 10**6), 5, **given)
     return TrainLoader(
         order, files, np.zeros(order.streams, np.int64), rank=0, world=1, global_batch_size=batch, options=options,
         tokenizer=tokenizer, workers=0, pin_memory=False,
@@ -60,6 +64,24 @@ def test_a_long_bad_stretch_is_not_fatal(tmp_path: Path, tokenizer: Tokenizer, m
     assert first < 50, "this seed begins with usable samples"
     made = make_loader(files, order, tokenizer, 8)
     assert sum(len(batch.bad) for batch in islice(made, 12)) >= 400
+
+
+def test_long_captions_may_begin_at_any_sentence(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    caption = ". ".join(f"{word} " * 12 for word in ("red", "green", "blue")).encode()
+    files = shard_files(write_shards(tmp_path, [24], {n: {"jpg": jpeg(n), "txt": caption} for n in range(24)}))
+    starts = {tokenizer.encode(word)[0][1] for word in ("red", "green", "blue")}
+    for kept, found in ((LongCaption.head, {tokenizer.encode("red")[0][1]}), (LongCaption.random_sentence, starts)):
+        batch = next(iter(make_loader(files, make_order(files), tokenizer, 24, long_caption=kept)))
+        first = batch.text_lengths.cumsum(0) - batch.text_lengths + 1
+        assert set(batch.text_ids[first].tolist()) == found and batch.truncated == 24
+
+
+def test_captions_are_cleaned_if_asked_to(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    captions = {n: {"jpg": jpeg(n), "txt": b"<b>red</b>" if n else b"www.example.org"} for n in range(8)}
+    files = shard_files(write_shards(tmp_path, [8], captions))
+    batch = next(iter(make_loader(files, make_order(files), tokenizer, STREAMS, clean_captions=True)))
+    assert set(batch.text_ids.tolist()) == set(tokenizer.encode("red")[0].tolist())
+    assert {reason for reason, _ in batch.bad} <= {"empty_caption"}
 
 
 def test_hopeless_data_ends_with_the_reason(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import string
 
 import pytest
 import torch
@@ -158,6 +160,16 @@ def test_tokenizer() -> None:
     captions = ["A photo of a cat!", "ümlaut, 42 & more…", "word " * 100]
     assert torch.equal(ours(captions), theirs(captions))
     assert [ours.encode(c)[1] for c in captions] == [False, False, True]
+
+
+@pytest.mark.parametrize("before", ["", "é "])
+def test_an_endless_word_is_cut(before: str) -> None:
+    from open_clip import get_tokenizer
+
+    letters = "".join(random.Random(0).choices(string.ascii_lowercase, k=2000))
+    ours, theirs = Tokenizer("clip", 77), get_tokenizer("ViT-B-32")
+    assert torch.equal(ours(before + letters), theirs(before + letters))
+    assert ours.encode(f"{before}{letters * 50} and more")[1], "in no time: the whole of it would take minutes"
 
 
 @settings(max_examples=500, deadline=None)

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 
 from clipscale.apps.data.jobs import scratch_beside
-from clipscale.config import Config
+from clipscale.config import Config, validate
 from clipscale.config.compose import override
 from clipscale.data.io import ShardStore
 from clipscale.data.manifest import ShardFile, expand_shards
@@ -29,6 +29,8 @@ def named_shards(shards: str, overrides: Sequence[str]) -> tuple[list[ShardFile]
     Raises ConfigError for a key that is none, DataError for shards that are not there.
     """
     config = override(Config(), overrides, KEYS)
+    config.data.train.shards = shards
+    validate(config)
     store = ShardStore(config.storage)
     return expand_shards(shards, config.data.root, "SHARDS", store, config.data.index), config
 
