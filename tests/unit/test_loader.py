@@ -77,8 +77,8 @@ def test_long_captions_may_begin_at_any_sentence(tmp_path: Path, tokenizer: Toke
 
 
 def test_captions_are_cleaned_if_asked_to(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    captions = {n: {"jpg": jpeg(n), "txt": b"<b>red</b>" if n else b"www.example.org"} for n in range(8)}
-    files = shard_files(write_shards(tmp_path, [8], captions))
+    captions = {n: {"jpg": jpeg(n), "txt": b"<b>red</b>" if n else b"www.example.org"} for n in range(80)}
+    files = shard_files(write_shards(tmp_path, [80], captions))
     batch = next(iter(make_loader(files, make_order(files), tokenizer, STREAMS, clean_captions=True)))
     assert set(batch.text_ids.tolist()) == set(tokenizer.encode("red")[0].tolist())
     assert {reason for reason, _ in batch.bad} <= {"empty_caption"}
