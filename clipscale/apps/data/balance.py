@@ -30,7 +30,7 @@ from clipscale.config.data import Data
 from clipscale.data.manifest import ShardFile
 from clipscale.data.order import mix
 from clipscale.data.samples import BadSample, Member, find_captions, find_field
-from clipscale.errors import ConfigError
+from clipscale.errors import ConfigError, DataError
 
 DIGIT = 8  # bits of the hashes that a pass over all matches settles
 SHOWN = 10  # concepts at either end of the printed table
@@ -108,6 +108,9 @@ def balance(
     account = Account()
     for file, result in zip(files, work.run("match", match_concepts, tasks).values(), strict=True):
         account.add({**result, "kept": 0}, file.name)
+    if account.read == account.dropped.total():
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in account.dropped.most_common())
+        raise DataError(f"no sample is left of {account.read:,} ({reasons}); see --concepts, --label-key")
     limits = place / "limits.npz"
     work.run("limits", find_limits, {"all": LimitTask(tuple(matches), tuple(known), per_concept, limits)})
     draws = {path.stem: DrawTask(path, limits) for path in matches}

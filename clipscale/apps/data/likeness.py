@@ -149,7 +149,8 @@ def near_pairs(hashes: NDArray[np.uint64], distance: int) -> NDArray[np.int64]:
         ranked = values[order]
         for bits in range(distance // bands + 1):
             for turned in combinations(range(high - low), bits):
-                wanted = values ^ np.uint64(sum(1 << bit for bit in turned))
+                # In the order of their values, so that neighbours look in the same part of the list.
+                wanted = ranked ^ np.uint64(sum(1 << bit for bit in turned))
                 start = np.searchsorted(ranked, wanted)
                 stop = np.searchsorted(ranked, wanted, "right")
                 found += _close_ones(hashes, order, start, stop, distance)
@@ -163,13 +164,13 @@ def _close_ones(
     stop: NDArray[np.int64],
     distance: int,
 ) -> Iterator[NDArray[np.int64]]:
-    """Of the candidates ``order[start:stop]`` of each hash, those behind it that are close enough."""
+    """Of the candidates ``order[start:stop]`` of each hash, by ``order``, those behind it that are close enough."""
     sizes = stop - start
     upto = np.cumsum(sizes)
     cuts = np.searchsorted(upto, np.arange(0, upto[-1] if len(upto) else 0, CANDIDATES), "right")
     for first, last in pairwise([*cuts.tolist(), len(sizes)]):
         some = sizes[first:last]
-        ones = np.repeat(np.arange(first, last), some)
+        ones = np.repeat(order[first:last], some)
         behind = np.arange(len(ones)) - np.repeat(np.cumsum(some) - some, some)
         others = order[np.repeat(start[first:last], some) + behind]
         close = (ones < others) & (np.bitwise_count(hashes[ones] ^ hashes[others]) <= distance)
