@@ -92,6 +92,7 @@ def expand_shards(
     missing = [location for location in local if not Path(location).is_file()]
     if missing:
         hint = "" if root else " (data.root is not set; relative names are looked up in the current directory)"
+        hint += " (shards are named by brace patterns, {000..099}, not by *)" if "*" in missing[0] else ""
         raise DataError(
             f"{key}: {len(missing)} of {len(files)} shards do not exist, first {missing[0]}{hint}; "
             f"check data.root and {key}"

@@ -52,7 +52,7 @@ def contamination(
     training shard's and the evaluation set's, less its pictures: some 300 bytes for each image.
     """
     files, config = open_shards(shards, output, overrides, "contamination", writes=False)
-    held_out, _ = named_shards(against, overrides)
+    held_out, _ = named_shards(against, overrides, "--against")
     data = config.data
     options = {
         "shards": identity(files), "against": identity(held_out), "distance": distance, "image_keys": data.image_keys,

@@ -112,8 +112,12 @@ class Jobs:
         done = sum(marker.is_file() for marker in markers.values())
         with _Bar(step, len(names), done) as advance:
             todo = ((tasks[name], marker) for name, marker in markers.items() if not marker.is_file())
-            for _ in self._through(work, todo, len(names) - done):
-                advance()
+            try:
+                for _ in self._through(work, todo, len(names) - done):
+                    advance()
+            except KeyboardInterrupt:
+                print("stopped; the same command goes on from here", file=sys.stderr)
+                raise
         return {name: json.loads(markers[name].read_text()) for name in names}
 
     def _claim(self) -> None:

@@ -23,8 +23,8 @@ from clipscale.errors import DataError
 KEYS = ("data.", "storage.", "tokenizer.", "model.")
 
 
-def named_shards(shards: str, overrides: Sequence[str]) -> tuple[list[ShardFile], Config]:
-    """The shards that a command names, and the configuration that its ``KEY=VALUE`` arguments make.
+def named_shards(shards: str, overrides: Sequence[str], what: str = "SHARDS") -> tuple[list[ShardFile], Config]:
+    """The shards that the argument ``what`` of a command names, and the configuration that its ``KEY=VALUE`` arguments make.
 
     Raises ConfigError for a key that is none, DataError for shards that are not there.
     """
@@ -32,7 +32,7 @@ def named_shards(shards: str, overrides: Sequence[str]) -> tuple[list[ShardFile]
     config.data.train.shards = shards
     validate(config)
     store = ShardStore(config.storage)
-    return expand_shards(shards, config.data.root, "SHARDS", store, config.data.index), config
+    return expand_shards(shards, config.data.root, what, store, config.data.index), config
 
 
 def identity(files: Sequence[ShardFile]) -> list[list[object]]:
