@@ -24,7 +24,7 @@ KEYS = ("data.", "storage.", "tokenizer.", "model.")
 
 
 def named_shards(shards: str, overrides: Sequence[str], what: str = "SHARDS") -> tuple[list[ShardFile], Config]:
-    """The shards that the argument ``what`` of a command names, and the configuration that its ``KEY=VALUE`` arguments make.
+    """The shards that the argument ``what`` of a command names, and the configuration of its ``KEY=VALUE`` arguments.
 
     Raises ConfigError for a key that is none, DataError for shards that are not there.
     """
