@@ -36,7 +36,8 @@ from pathlib import Path
 from loader_shards import ImageSet, make_shards
 from loader_side import Job
 
-SIDE = Path(__file__).with_name("loader_side.py")
+SIDE = Path(__file__).resolve().with_name("loader_side.py")
+ROOT = SIDE.parents[1]  # where they run, too: a server of loader workers looks for modules in its directory first
 MEASURES = ("rate", "first", "resume", "memory")
 SETS = (ImageSet("256x256", 256, 256, 21_000, 4096, 8), ImageSet("500x375", 500, 375, 48_000, 4096, 8))
 SMALL = ImageSet("96x96", 96, 96, 4_000, 1024, 4)
@@ -50,8 +51,8 @@ class Rater:
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it goes with the process
         self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
-            start_new_session=True,
+            command, env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+            text=True, start_new_session=True,
         )  # fmt: skip
         self._answer()
 
@@ -96,13 +97,13 @@ class Bench:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache or self.options.work / "cache")}
         if job.side == "clipscale":
-            environment["PYTHONPATH"] = str(SIDE.parents[1])
+            environment["PYTHONPATH"] = str(ROOT)
         return [python, str(SIDE), json.dumps(asdict(job))], environment
 
     def run(self, job: Job, cache: Path | None = None) -> dict:
         """What one process measured."""
         command, environment = self.start(job, cache)
-        answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+        answer = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
         if answer.returncode:
             sys.exit(f"{job.side}: {answer.stderr.strip()}")
         return json.loads(answer.stdout.splitlines()[-1])
@@ -112,16 +113,20 @@ class Bench:
         jobs = {side: self.job(side, "rate", images, workers=workers) for side in self.sides}
         if not workers:
             jobs["floats"] = self.job("clipscale", "rate", images, floats=True)
-        raters = {name: Rater(*self.start(job)) for name, job in jobs.items()}
-        print(f"\n{images.name}, {workers} workers: samples/s (samples per CPU second)")
+        raters: dict[str, Rater] = {}
         rows = []
-        for pair in range(self.options.pairs):
-            row = {name: rater.turn() for name, rater in raters.items()}
-            rows.append(row)
-            text = ", ".join(f"{name} {one['per_s']:,.0f} ({one['per_cpu_s']:,.0f})" for name, one in row.items())
-            print(f"pair {pair + 1}: {text}{self._ratios(row)}", flush=True)
-        for rater in raters.values():
-            rater.close()
+        print(f"\n{images.name}, {workers} workers: samples/s (samples per CPU second)", flush=True)
+        try:
+            for name, job in jobs.items():
+                raters[name] = Rater(*self.start(job))
+            for pair in range(self.options.pairs):
+                row = {name: rater.turn() for name, rater in raters.items()}
+                rows.append(row)
+                text = ", ".join(f"{name} {one['per_s']:,.0f} ({one['per_cpu_s']:,.0f})" for name, one in row.items())
+                print(f"pair {pair + 1}: {text}{self._ratios(row)}", flush=True)
+        finally:
+            for rater in raters.values():
+                rater.close()
         for name in [name for name in jobs if name != "open_clip" and "open_clip" in jobs]:
             for key, what in (("per_s", "samples/s"), ("per_cpu_s", "samples per CPU second")):
                 ratios = [row[name][key] / row["open_clip"][key] for row in rows]

@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -77,7 +78,7 @@ class Clipscale:
                 f"global_batch_size={job.batch}", "total_samples=1000000", "data.val.shards=null",
                 "data.zeroshot.shards=null", f"runs_dir={runs}", "tracking.mode=disabled", "schedule.warmup_samples=0",
             ]  # fmt: skip
-            self.config = open_run(*compose(overrides), overrides, 1).config
+            self.config = open_run(*compose(overrides), overrides).config
         self.runtime = start("cpu", 60)
         self.tokenizer = build_tokenizer(self.config.tokenizer, self.config.model)
 
@@ -218,14 +219,20 @@ def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
     if job.cpus:
         os.sched_setaffinity(0, job.cpus)
-    if job.measure == "rate":
-        draw = rates(job)
-        print(json.dumps("ready"), flush=True)
-        for _ in sys.stdin:
-            print(json.dumps(draw()), flush=True)
-    else:
-        print(json.dumps(measure(job)), flush=True)
-    os._exit(0)  # the workers of an endless loader need not be waited for
+    code = 1
+    try:
+        if job.measure == "rate":
+            draw = rates(job)
+            print(json.dumps("ready"), flush=True)
+            for _ in sys.stdin:
+                print(json.dumps(draw()), flush=True)
+        else:
+            print(json.dumps(measure(job)), flush=True)
+        code = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(code)  # the workers of an endless loader need not be waited for
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def bare(root: str, steps: int) -> float:
 
     with tempfile.TemporaryDirectory() as runs:
         overrides = ["experiment=emoji", f"data.root={root}", f"runs_dir={runs}", "data.workers=0"]
-        config = open_run(*compose(overrides), overrides, 1).config
+        config = open_run(*compose(overrides), overrides).config
     runtime = start("cpu", 60)
     train = build_train_data(config, config.data, build_store(config), runtime)
     positions = np.zeros(train.order.streams, np.int64)

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -77,8 +77,14 @@ def _join(run: Run, stored: Config) -> None:
 def log_event(path: Path, event: str, **details: Any) -> None:
     """Append a line to the run's ``events.jsonl``."""
     row = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **details}
-    with (path / "events.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_rows(path / "events.jsonl", [row])
+
+
+def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append JSON lines by a single write, so that a kill does not leave half of one."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with file.open("ab", buffering=0) as raw:
+        raw.write(text.encode())
 
 
 def count_events(path: Path, event: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import torch.distributed as dist
 
 from clipscale.checkpoint import Saved
 from clipscale.config import Config
-from clipscale.config.rundir import log_event
+from clipscale.config.rundir import append_rows, log_event
 from clipscale.data.accounting import BadSamples, over_budget, worst_shard
 from clipscale.data.loader import Batch
 from clipscale.distributed.collectives import total, world_size
@@ -48,10 +47,9 @@ class Account:
         if batch.bad:
             folder = self._path / "bad_samples"
             folder.mkdir(exist_ok=True)
-            with (folder / f"rank{self._runtime.rank}.jsonl").open("a") as file:
-                for reason, key in batch.bad:
-                    row = {"attempt": self._attempt, "samples_seen": samples_seen, "key": key, "reason": reason}
-                    file.write(json.dumps(row) + "\n")
+            row = {"attempt": self._attempt, "samples_seen": samples_seen}
+            rows = [row | {"key": key, "reason": reason} for reason, key in batch.bad]
+            append_rows(folder / f"rank{self._runtime.rank}.jsonl", rows)
 
     def totals(self, saved: Saved) -> tuple[int, int]:
         """Bad samples and cut captions of the whole run, over all ranks."""

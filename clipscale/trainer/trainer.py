@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from clipscale.config import Config, save_config
 from clipscale.config.fields import leaves
 from clipscale.config.model import model_summary
 from clipscale.config.resume import value_of
-from clipscale.config.rundir import count_events, log_event, write_result
+from clipscale.config.rundir import append_rows, count_events, log_event, write_result
 from clipscale.config.schema import Config as Schema
 from clipscale.data.io import PIPE
 from clipscale.data.loader import Batch
@@ -147,8 +146,7 @@ class Trainer:
             "attempt": self.attempt, "step": self.saved.step, "rank": self.runtime.rank,
             "world_size": self.runtime.world, "keys": batch.keys,
         }  # fmt: skip
-        with (folder / f"rank{self.runtime.rank}.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_rows(folder / f"rank{self.runtime.rank}.jsonl", [row])
 
     # ---- log --------------------------------------------------------------------------------------------------
 
