@@ -217,7 +217,7 @@ def test_too_many_bad_samples_stop_the_run(recipe: list[str], world: int) -> Non
         (["optim.lrr=1"], "did you mean optim.lr?"),
         (["data.train.shards=/nowhere/{0..3}.tar"], "4 of 4 shards do not exist, first /nowhere/0.tar"),
         (["data.train.shards=[]"], "data.train.shards is empty"),
-        (["cluster=cpu2", "global_batch_size=31"], "use global_batch_size=32"),
+        (["data.streams=7"], "data.streams=7 does not divide global_batch_size=32"),
         (["name=undisturbed", "seed=9"], "seed: 0 in the run, 9 now"),
         (["tokenizer.context_length=99"], "model.context_length=99"),
         (["model.text.vocab_size=100"], "use model.text.vocab_size=49408"),
