@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -33,6 +34,9 @@ from clipscale.telemetry import Meters, Sinks, evaluated_at, last_values
 from clipscale.trainer.account import Account, listed
 from clipscale.trainer.build import build_loader, build_store, build_train_data, eval_context, place_data, run_path
 from clipscale.trainer.step import TrainStep
+
+
+log = logging.getLogger("clipscale")
 
 
 class Trainer:
@@ -70,6 +74,8 @@ class Trainer:
         Returns DONE or PREEMPTED. Raises DivergedError when the loss is no longer a number.
         """
         self._resume()
+        where = f"rank {self.runtime.rank} of {self.runtime.world} on {self.runtime.device}"
+        log.info("attempt %s: %s, from %s samples", self.attempt, where, self.saved.samples_seen)
         if self._is_over and not self._evaluation_is_due():
             return self._already_done()
         self.meters = Meters(self.runtime.device, self.runtime.world)
@@ -226,6 +232,7 @@ class Trainer:
 
     def _finish(self, code: ExitCode) -> ExitCode:
         bad = self.account.by_reason()
+        log.info("%s at %s samples", code.name.lower(), self.saved.samples_seen)
         if not self.runtime.is_main:
             return code
         say, done = self.sinks.console.say, code is ExitCode.DONE
