@@ -35,7 +35,6 @@ from clipscale.trainer.account import Account, listed
 from clipscale.trainer.build import build_loader, build_store, build_train_data, eval_context, place_data, run_path
 from clipscale.trainer.step import TrainStep
 
-
 log = logging.getLogger("clipscale")
 
 
