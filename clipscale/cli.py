@@ -117,7 +117,7 @@ def start(config: Config, experiment: str, overrides: list[str]) -> tuple[int, f
             "processes of one machine; use launch/slurm.sbatch, or launch/torchrun.sh on every node, with these "
             "overrides"
         )
-    run = open_run(config, experiment, overrides)
+    run = open_run(config, experiment, overrides, cluster.processes_per_node)
     if cluster.processes_per_node > 1:
         from clipscale.launch.local import launch
 

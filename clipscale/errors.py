@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 
 
 class ExitCode(enum.IntEnum):
@@ -16,10 +17,34 @@ class ExitCode(enum.IntEnum):
     PREEMPTED = 75
 
 
+_SECRETS = (
+    (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@"),  # user and password of a URL
+    (re.compile(r"(\w+://[^\s?]+\?)[^\s'\",;)]+"), r"\1***"),  # its query, which may be a signature
+    # What a command may be given, as in `curl -H 'Authorization: Bearer …'`.
+    (
+        re.compile(r"((?:authorization|token|secret|password)\w*\s*[:=]\s*(?:bearer |basic )?)[^\s'\"]+", re.I),
+        r"\1***",
+    ),
+)
+
+
+def masked(text: str) -> str:
+    """A text without the secrets that locations in it may carry."""
+    for secret, instead in _SECRETS:
+        text = secret.sub(instead, text)
+    return text
+
+
 class ClipscaleError(Exception):
-    """Something the user can mend: says what is wrong, the value seen, and the key or command that mends it."""
+    """Something the user can mend: says what is wrong, the value seen, and the key or command that mends it.
+
+    Secrets in locations that the message names are masked.
+    """
 
     exit_code = ExitCode.USER_ERROR
+
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))
 
 
 class ConfigError(ClipscaleError):
@@ -32,6 +57,10 @@ class DataError(ClipscaleError):
 
 class MissingError(DataError):
     """A file or an object that does not exist."""
+
+
+class RefusedError(DataError):
+    """Something that these credentials may not read."""
 
 
 class DataBudgetError(ClipscaleError):

@@ -87,7 +87,7 @@ def train(config: Config, path: Path, store: Any = None) -> ExitCode:
 
 def _open(overrides: list[str]) -> Path:
     config, experiment = compose(overrides)
-    return open_run(config, experiment, overrides).path
+    return open_run(config, experiment, overrides, int(os.environ.get("WORLD_SIZE", 1))).path
 
 
 def _shared_path(store: Any, overrides: list[str]) -> Path:

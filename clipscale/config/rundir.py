@@ -29,8 +29,8 @@ class Run:
     """Event keys that differ from the recorded configuration, as ``(before, now)``."""
 
 
-def open_run(config: Config, experiment: str, overrides: Sequence[str]) -> Run:
-    """Create the run's directory, or join it if it exists, and record the configuration.
+def open_run(config: Config, experiment: str, overrides: Sequence[str], world: int = 1) -> Run:
+    """Create the run's directory, or join it if it exists, and record the configuration; ``world`` processes begin it.
 
     Raises ConfigError when the configuration cannot be run, when a fixed key differs from what the directory records,
     or when it cannot be written.
@@ -46,7 +46,7 @@ def open_run(config: Config, experiment: str, overrides: Sequence[str]) -> Run:
     if recorded.exists() and count_events(run.path, "started"):  # one that never began may be corrected freely
         _join(run, load_config(recorded))
     else:
-        config.data.streams = config.data.streams or default_streams(config.global_batch_size)
+        config.data.streams = config.data.streams or default_streams(config.global_batch_size, world)
     validate(config)
     try:
         (run.path / "logs").mkdir(parents=True, exist_ok=True)

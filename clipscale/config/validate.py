@@ -11,9 +11,14 @@ from clipscale.errors import ConfigError
 MAX_STREAMS = 512
 
 
-def default_streams(global_batch_size: int) -> int:
-    """The largest divisor of the global batch up to 512: as many ranks as possible may share the order."""
-    return next(v for v in range(min(MAX_STREAMS, global_batch_size), 0, -1) if global_batch_size % v == 0)
+def default_streams(global_batch_size: int, world: int = 1) -> int:
+    """The largest divisor of the global batch up to 512, so that many numbers of ranks may share the order.
+
+    A multiple of ``world``, the number of processes that a run begins with, where the batch is one.
+    """
+    unit = world if global_batch_size % world == 0 else 1
+    most = min(max(MAX_STREAMS, world), global_batch_size)
+    return next(v for v in range(most // unit * unit, 0, -unit) if global_batch_size % v == 0)
 
 
 def usable_processes(streams: int, world: int) -> int:

@@ -40,11 +40,8 @@ def over_budget(bad: int, used: int, limit: float | None, at_the_end: bool) -> b
     return limit is not None and bad > limit * tried and (at_the_end or tried >= JUDGED_AFTER)
 
 
-def worst_shard(bad: BadSamples, samples: Mapping[str, int], limit: float, passes: int) -> tuple[str, int, int] | None:
-    """The shard with the largest share of bad samples, if that is above ``limit``: ``(name, bad, samples)``.
-
-    ``samples`` by shard name; each was read at most ``passes`` times.
-    """
-    shares = {name: count / (samples[name] * passes) for name, count in bad.by_shard().items() if samples.get(name)}
+def worst_shard(bad: BadSamples, read: Mapping[str, int], limit: float) -> tuple[str, int, int] | None:
+    """The shard with the largest share of bad samples, if that is above ``limit``: ``(name, bad, samples read)``."""
+    shares = {name: count / read[name] for name, count in bad.by_shard().items() if read.get(name)}
     name = max(shares, key=shares.__getitem__, default="")
-    return (name, bad.by_shard()[name], samples[name] * passes) if name and shares[name] > limit else None
+    return (name, bad.by_shard()[name], read[name]) if name and shares[name] > limit else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,7 +38,10 @@ class ShardCache:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_suffix(PART)) as part:  # one process fetches, the others wait for it
-                return self._use(path, size) or self._fetch(part, path, size, fetch)
+                if (file := self._use(path, size)) is not None:
+                    Path(part.name).unlink(missing_ok=True)
+                    return file
+                return self._fetch(part, path, size, fetch)
         except OSError:
             return None
 
@@ -63,7 +67,8 @@ class ShardCache:
         if os.fstat(file.fileno()).st_size != size:  # not by us
             file.close()
             return None
-        os.utime(file.fileno())  # the least recently used goes first
+        with suppress(OSError):  # another user's
+            os.utime(file.fileno())  # the least recently used goes first
         return file
 
     def _reserve(self, part: BinaryIO, size: int) -> bool:
@@ -81,7 +86,7 @@ class ShardCache:
                 if path.suffix != PART or _abandoned(path):
                     path.unlink(missing_ok=True)  # who reads it still has it open
                     room += stat.st_size
-            if room < size:
+            if room < size or shutil.disk_usage(self._directory).free < size:
                 return False
             part.truncate(size)
             part.seek(0)

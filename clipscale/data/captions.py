@@ -8,9 +8,9 @@ from clipscale.data.order import KeyedRandom
 
 _URL = re.compile(r"(https?://|www\.)\S+", re.IGNORECASE)
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\ufeff]+")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\ufeff]+")  # no joiners: they are letters
 _PERSON = re.compile(r"<person>", re.IGNORECASE)  # in place of names, in Conceptual 12M
-_SENTENCE_END = re.compile(r"(?<=[.!?;。！？])\s*(?=\S)")
+_SENTENCE_START = re.compile(r"(?<=[.!?;])\s+(?=\S)|(?<=[。！？])(?=\S)")
 
 
 def clean_caption(caption: str) -> str:
@@ -22,5 +22,5 @@ def clean_caption(caption: str) -> str:
 
 def from_random_sentence(caption: str, random: KeyedRandom) -> str:
     """A caption from the beginning of one of its sentences on."""
-    sentences = [sentence for sentence in _SENTENCE_END.split(caption) if sentence.strip()]
-    return " ".join(sentences[random.below(len(sentences)) :]) if sentences else caption
+    starts = [0, *(match.end() for match in _SENTENCE_START.finditer(caption))]
+    return caption[starts[random.below(len(starts))] :]

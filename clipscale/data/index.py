@@ -26,7 +26,7 @@ from webdataset.tariterators import base_plus_ext
 from clipscale.data.io import GZIP_ERRORS, REMOTE, ShardStore, Version, parent
 from clipscale.data.table import is_table, scan_table
 from clipscale.data.tar import BLOCK, TarError, members
-from clipscale.errors import DataError
+from clipscale.errors import DataError, MissingError, RefusedError
 
 INDEX, OFFSETS = "shards.json", "shards.offsets"
 SIZES = "sizes.json"  # OpenCLIP's: samples by file name
@@ -60,13 +60,15 @@ class ShardIndex(NamedTuple):
 class Declared(NamedTuple):
     """What an index file says of a shard; of a mere hint, ``size`` is None and nothing but ``samples`` is known.
 
-    ``size`` in bytes; ``places`` is the file that holds the offsets, and the range of its bytes.
+    ``size`` in bytes; ``tag`` changes with the version; ``places`` is the file that holds the offsets, and the range of
+    its bytes.
     """
 
     samples: int
     size: int | None = None
     sha256: str = ""
     damage: str = ""
+    tag: str = ""
     places: tuple[str, int, int] | None = None
 
 
@@ -78,7 +80,7 @@ def sample_key(member: str) -> tuple[str | None, str]:
     return key, (suffix or "").lower()
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def walk(store: ShardStore, location: str) -> ShardIndex:
     """The index of a shard: read from the cache, or made by walking the tar's headers, bodies skipped.
 
@@ -109,7 +111,7 @@ def walk(store: ShardStore, location: str) -> ShardIndex:
 def _walk(store: ShardStore, location: str, version: Version) -> ShardIndex:
     try:
         with store.open(location, version) as raw:
-            offsets, damage = scan_table(raw) if is_table(location) else scan_shard(raw)
+            offsets, damage = (scan_table(raw, location), "") if is_table(location) else scan_shard(raw)
     except OSError as error:
         raise DataError(f"{location} cannot be read: {error}") from None
     return ShardIndex(offsets, damage, version)
@@ -174,9 +176,14 @@ def unpack_offsets(packed: bytes) -> NDArray[np.int64]:
     return np.cumsum(np.frombuffer(packed, dtype="<u4"), dtype=np.int64) * BLOCK
 
 
+def indexed_name(location: str, folder: str | None) -> str:
+    """What an index file calls a shard: its path below ``folder``, or its location where it does not lie there."""
+    return location.removeprefix(f"{folder.rstrip('/')}/") if folder is not None else location
+
+
 @lru_cache(maxsize=256)
 def read_index(store: ShardStore, location: str) -> Mapping[str, Declared]:
-    """What an index file says, by file name; empty when there is none. Raises DataError when it is damaged."""
+    """What an index file says, by :func:`indexed_name`; empty where there is none. Raises DataError if damaged."""
     document = _read_json(store, location)
     if document is None:
         return {}
@@ -186,7 +193,7 @@ def read_index(store: ShardStore, location: str) -> Mapping[str, Declared]:
                             "clipscale data index")  # fmt: skip
         places = f"{parent(location)}/{OFFSETS}"
         return {
-            name: Declared(s["samples"], s["bytes"], s["sha256"], s["damage"], (places, *s["offsets"]))
+            name: Declared(s["samples"], s["bytes"], s["sha256"], s["damage"], s["tag"], (places, *s["offsets"]))
             for name, s in document["shards"].items()
         }
     except (KeyError, TypeError, AttributeError):
@@ -205,11 +212,11 @@ def read_hint(store: ShardStore, location: str) -> Declared | None:
 
 @lru_cache(maxsize=256)
 def _read_json(store: ShardStore, location: str) -> Any:
-    """A JSON file beside the shards; None when it is not there (or may not be looked for)."""
+    """A JSON file beside the shards; None when it is not there (S3 refuses to say so of what may not be listed)."""
     try:
         with store.open(location) as raw:
             data = raw.read()
-    except DataError:
+    except (MissingError, RefusedError):
         return None
     try:
         return json.loads(data)
@@ -218,7 +225,10 @@ def _read_json(store: ShardStore, location: str) -> Any:
 
 
 def declared_index(store: ShardStore, location: str, declared: Declared) -> ShardIndex:
-    """The index of a shard from its index file. Raises DataError when the shard is not the one that was indexed."""
+    """The index of a shard from its index file. Raises DataError when the shard is not the one that was indexed.
+
+    One of the same size but another version was copied, or changed: it is walked, and must be the same.
+    """
     assert declared.places is not None
     version = store.version(location)
     if version.size != declared.size:
@@ -232,6 +242,10 @@ def declared_index(store: ShardStore, location: str, declared: Declared) -> Shar
         offsets = unpack_offsets(raw.read(stop - start))
     if len(offsets) != declared.samples + 1:
         raise DataError(f"{where} does not belong to its {INDEX}; make both anew with clipscale data index")
+    if version.tag != declared.tag and not np.array_equal(walk(store, location).offsets, offsets):
+        raise DataError(
+            f"{location} is not the shard that was indexed, though as large; index it anew with clipscale data index"
+        )
     return ShardIndex(offsets, declared.damage, version)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import shutil
 import subprocess
 import time
 import zlib
@@ -32,7 +33,7 @@ from obstore.store import from_url
 
 from clipscale.config.data import Storage
 from clipscale.data.cache import ShardCache
-from clipscale.errors import DataError, MissingError
+from clipscale.errors import DataError, MissingError, RefusedError
 
 REMOTE = ("http://", "https://", "s3://", "gs://", "az://")
 PIPE = "pipe:"
@@ -163,8 +164,8 @@ class ShardStore:
             raise DataError(f"{location}: {len(got)} bytes came, {stop - start} were asked for")
         return bytes(got)
 
-    def write(self, location: str, data: bytes) -> None:
-        """Put a small file there, in place of any older one, whole or not at all. Raises DataError."""
+    def write(self, location: str, data: bytes | Path) -> None:
+        """Put bytes, or a file's, there in place of what is there, whole or not at all. Raises DataError."""
         if location.startswith(REMOTE):
             client, key = self._client(location)
             self._retrying(location, lambda: obstore.put(client, key, data))
@@ -173,7 +174,10 @@ class ShardStore:
         scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_bytes(data)
+            if isinstance(data, Path):
+                shutil.copyfile(data, scratch)
+            else:
+                scratch.write_bytes(data)
             scratch.replace(path)
         except OSError as error:
             raise DataError(f"{location} cannot be written: {error.strerror}") from None
@@ -186,7 +190,7 @@ class ShardStore:
             except (NotFoundError, FileNotFoundError):
                 raise MissingError(f"{location} does not exist") from None
             except (PermissionDeniedError, UnauthenticatedError):
-                raise DataError(
+                raise RefusedError(
                     f"{location}: access was refused; credentials come from the environment, storage.anonymous=true "
                     "goes without"
                 ) from None

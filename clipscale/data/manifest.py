@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import braceexpand
 
-from clipscale.data.index import INDEX, Declared, ShardIndex, declared_index, read_hint, read_index, walk
+from clipscale.data.index import INDEX, Declared, ShardIndex, declared_index, indexed_name, read_hint, read_index, walk
 from clipscale.data.io import ELSEWHERE, PIPE, REMOTE, ShardStore, parent, resolve
 from clipscale.data.table import CHUNK, is_table
 from clipscale.errors import DataError
@@ -38,9 +38,14 @@ class ShardFile:
         return self.location.rpartition("/")[2]
 
     @property
+    def hinted(self) -> bool:
+        """Whether its number of samples is hearsay."""
+        return self.declared is not None and self.declared.places is None
+
+    @property
     def index(self) -> ShardIndex:
         """Where its samples begin. Raises DataError when it cannot be read, or is not the one that was indexed."""
-        if self.declared is None or self.declared.places is None:
+        if self.declared is None or self.hinted:
             return walk(self.store, self.location)
         return _declared_index(self)
 
@@ -63,7 +68,7 @@ class Summary(NamedTuple):
     damage: str
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _declared_index(file: ShardFile) -> ShardIndex:
     assert file.declared is not None
     return declared_index(file.store, file.location, file.declared)
@@ -97,14 +102,17 @@ def expand_shards(
             f"{key}: {len(missing)} of {len(files)} shards do not exist, first {missing[0]}{hint}; "
             f"check data.root and {key}"
         )
-    return [part for file in _declare(files, key, index) for part in _parts(file)]
+    if signed := next((one.location for one in files if one.location.startswith("http") and "?" in one.location), None):
+        raise DataError(f"{key}: {signed}: an address with a query cannot be read in parts; use s3://, gs:// or az://")
+    folder = resolve("", root).rstrip("/") if root else None
+    return [part for file in _declare(files, key, index, folder) for part in _parts(file)]
 
 
-def _declare(files: Sequence[ShardFile], key: str, index: str | None) -> list[ShardFile]:
+def _declare(files: Sequence[ShardFile], key: str, index: str | None, folder: str | None) -> list[ShardFile]:
     """The shards with what is known of them."""
     if index is not None and not read_index(files[0].store, index):
         raise DataError(f"data.index={index} does not exist, or lists no shard; make it with clipscale data index")
-    found = [_from_index(file, index) for file in files]
+    found = [_from_index(file, index, folder) for file in files]
     unknown = [file for file in found if file.declared is None and not file.location.startswith(PIPE)]
     if len(unknown) <= WALKED_AT_MOST:
         return found
@@ -120,11 +128,13 @@ def _declare(files: Sequence[ShardFile], key: str, index: str | None) -> list[Sh
     return found
 
 
-def _from_index(file: ShardFile, index: str | None) -> ShardFile:
+def _from_index(file: ShardFile, index: str | None, folder: str | None) -> ShardFile:
     if file.location.startswith(PIPE) or is_table(file.location):
         return file
-    declared = read_index(file.store, index or f"{parent(file.location)}/{INDEX}").get(file.name)
-    return replace(file, declared=declared)
+    if index is None:
+        return replace(file, declared=read_index(file.store, f"{parent(file.location)}/{INDEX}").get(file.name))
+    listed = read_index(file.store, index)
+    return replace(file, declared=listed.get(indexed_name(file.location, folder)) or listed.get(file.location))
 
 
 def _parts(file: ShardFile) -> list[ShardFile]:

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import BinaryIO
 
 from clipscale.data.index import sample_key
-from clipscale.data.io import GZIP_ERRORS, parent, resolve
+from clipscale.data.io import GZIP_ERRORS, PIPE, REMOTE, parent, resolve
 from clipscale.data.manifest import ShardFile
 from clipscale.data.order import SampleOrder, Window
 from clipscale.data.samples import Member
@@ -59,14 +59,22 @@ def _rows(file: ShardFile, start: int, stop: int) -> Iterator[Member]:
     index, folder = file.index, parent(file.location)
 
     def fetch(path: str) -> bytes | None:
+        place = resolve(path, folder)
+        if place.startswith(PIPE):  # a table must not run commands
+            return None
         try:
-            with file.store.open(resolve(path, folder)) as raw:
+            with file.store.open(place) as raw:
                 return raw.read()
         except MissingError:
             return None
+        except (DataError, OSError, ValueError):
+            if place.startswith(REMOTE):  # it may be there the next time
+                raise
+            return None  # a directory, a name too long, not ours to read
 
     with file.store.open(file.location, index.version) as raw:
-        rows = read_rows(raw, int(index.offsets[start]), int(index.offsets[stop]), fetch)
+        header, begin, end = (int(index.offsets[i]) for i in (0, start, stop))
+        rows = read_rows(raw, header, begin, end, fetch)
         for number, row in zip(range(start, stop), rows, strict=True):
             yield replace(row, key=f"{file.name}/{number}")
 

@@ -36,7 +36,7 @@ class SyntheticLoader:
         self._positions = positions[self._streams].copy()
         self._per_stream = global_batch_size // order.streams
         count, random = len(self._streams) * self._per_stream, np.random.default_rng([order.seed, rank])
-        words = random.integers(0, tokenizer.eot_id - 1, (count, tokenizer.context_length), dtype=np.int32)
+        words = random.integers(0, tokenizer.vocab_size, (count, tokenizer.context_length), dtype=np.int32)
         words[:, -1] = tokenizer.eot_id
         images = torch.from_numpy(random.integers(0, 256, (count, 3, image_size, image_size), dtype=np.uint8))
         self._images, self._ids, self._lengths = (

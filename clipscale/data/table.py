@@ -5,20 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clipscale.data.samples import Member
+from clipscale.errors import DataError
 
 TABLES = (".csv", ".tsv")
-IMAGE_COLUMNS = ("filepath", "image", "image_path", "file_name", "filename", "path")
-CAPTION_COLUMNS = ("caption", "title", "text", "description")
+IMAGE_NAMES = ("filepath", "image", "image_path", "file_name", "filename", "path", "img")
+CAPTION_NAMES = ("caption", "captions", "title", "text", "description")
 CHUNK = 32  # rows that stay together in the order, so that a sorted table is shuffled well
 
-csv.field_size_limit(1 << 24)
+csv.field_size_limit(1 << 30)
 
 
 def is_table(location: str) -> bool:
@@ -26,68 +28,89 @@ def is_table(location: str) -> bool:
     return location.lower().endswith(TABLES)
 
 
-def scan_table(raw: BinaryIO) -> tuple[NDArray[np.int64], str]:
-    """Where the rows of a table begin: ``(offsets, damage)``, the header left out; a row may span lines."""
+def records(lines: Iterable[str], where: str) -> Iterator[list[str]]:
+    """The header of a CSV, then its records, each with as many fields; a record may span lines, empty ones are none.
+
+    The delimiter is the one of tab, comma, semicolon and bar that parts the first line into most fields. Raises
+    DataError, naming ``where`` and the line, for what is no such table: a guess would lose rows.
+    """
+    rest, reader, width = iter(lines), csv.reader([]), 0
+    try:
+        first = next(rest, "")
+        counts = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in "\t,;|"}
+        mark = max(counts, key=counts.__getitem__)
+        reader = csv.reader(chain([first], rest), delimiter=mark, strict=True)
+        for fields in reader:
+            width = width or len(fields)
+            if fields and len(fields) != width:
+                raise DataError(
+                    f"{where} line {reader.line_num:,}: {len(fields)} fields where the header has {width}; put quotes "
+                    f"around a field that holds {mark!r}"
+                )
+            if fields:
+                yield fields
+    except csv.Error as error:
+        raise DataError(
+            f"{where} line {reader.line_num:,}: {error}; a quote inside of quotes must be doubled, lines end with \\n"
+        ) from None
+    except UnicodeDecodeError:
+        raise DataError(
+            f"{where} is not UTF-8 after line {reader.line_num:,}; convert it, e.g. iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def find_column(columns: Sequence[str], usual: Sequence[str]) -> str | None:
+    """The first of the usual names that is among the columns, whatever its case."""
+    by_name = {column.strip().lower(): column for column in reversed(columns)}
+    return next((by_name[name] for name in usual if name in by_name), None)
+
+
+def scan_table(raw: BinaryIO, where: str) -> NDArray[np.int64]:
+    """Where the rows of a table begin, int64 [rows + 1] in bytes; the header stands before the first one.
+
+    Raises DataError when it has no column of images, or is no table.
+    """
     place = 0
 
     def lines() -> Iterator[str]:
         nonlocal place
         for line in io.BytesIO(raw.read()):
+            text = line.decode("utf-8" if place else "utf-8-sig")
             place += len(line)
-            yield line.decode("utf-8", "replace")
+            yield text
 
-    source = lines()
-    header = next(source, "")
-    columns = _columns(header)
-    offsets = [place]
-    if _find(columns, IMAGE_COLUMNS) is None:
-        return np.array(offsets, dtype=np.int64), (
-            f"has no column of image paths, its columns are {', '.join(columns) or 'none'}: call one "
-            f"{IMAGE_COLUMNS[0]}, or pack it with clipscale data pack --image-column"
+    found = records(lines(), where)
+    columns = next(found, [])
+    if find_column(columns, IMAGE_NAMES) is None:
+        raise DataError(
+            f"{where} has no column of image paths, its columns are {', '.join(columns) or 'none'}: call one "
+            f"{IMAGE_NAMES[0]}, or pack it with clipscale data pack --image-column"
         )
-    try:
-        for row in csv.reader(source, delimiter=_delimiter(header)):
-            if row:
-                offsets.append(place)
-            else:  # an empty line belongs to no row: the next one begins after it
-                offsets[-1] = place
-    except csv.Error as error:
-        return np.array(offsets, dtype=np.int64), f"unreadable after {len(offsets) - 1} rows: {error}"
-    return np.array(offsets, dtype=np.int64), ""
+    return np.array([place, *(place for _ in found)], dtype=np.int64)
 
 
-def read_rows(raw: BinaryIO, begin: int, end: int, fetch: Callable[[str], bytes | None]) -> Iterator[Member]:
-    """The rows between two places as samples without keys: the image's bytes, ``txt`` and ``json`` (all columns).
+def read_rows(
+    raw: BinaryIO, header: int, begin: int, end: int, fetch: Callable[[str], bytes | None]
+) -> Iterator[Member]:
+    """The rows between two places as samples without keys: ``jpg`` (the image), ``txt`` and ``json`` (all columns).
 
-    ``fetch`` gives the bytes at an image's path, None where there is nothing.
+    ``header`` is where the first row begins; ``fetch`` gives the bytes at an image's path, None where there is nothing.
     """
-    header = raw.readline().decode("utf-8", "replace")
-    columns = _columns(header)
-    image, caption = _find(columns, IMAGE_COLUMNS), _find(columns, CAPTION_COLUMNS)
-    assert image is not None, "a table without images has no rows"
+    head = raw.read(header)
     raw.seek(begin)
-    text = io.StringIO(raw.read(end - begin).decode("utf-8", "replace"), newline="")
-    for row in csv.reader(text, delimiter=_delimiter(header)):
-        if not row:
-            continue
-        fields = dict(zip(columns, row, strict=False))
-        path = fields.get(image, "").strip()
+    text = (head + raw.read(end - begin)).decode("utf-8-sig")
+    found = records(io.StringIO(text, newline=""), "the table")
+    columns = next(found)
+    image, caption = find_column(columns, IMAGE_NAMES), find_column(columns, CAPTION_NAMES)
+    assert image is not None, "a table without images has no rows"
+    for row in found:
+        fields = dict(zip(columns, row, strict=True))
+        path = fields[image].strip()
         data = fetch(path) if path else None
         members = {"json": json.dumps(fields).encode()}
-        if caption is not None and caption in fields:
+        if caption is not None:
             members["txt"] = fields[caption].encode()
         if data is not None:
-            members[path.rpartition(".")[2].lower()] = data
+            # Its column says that it is the image, whatever its name ends with; its format shows when it is decoded.
+            members |= {"jpg": data, path.rpartition(".")[2].lower(): data}
         yield Member("", members, "" if data is not None else "missing_image")
-
-
-def _columns(header: str) -> list[str]:
-    return next(csv.reader([header.removeprefix("\ufeff")], delimiter=_delimiter(header)), [])
-
-
-def _find(columns: Sequence[str], usual: Sequence[str]) -> str | None:
-    return next((column for name in usual for column in columns if column.strip().lower() == name), None)
-
-
-def _delimiter(header: str) -> str:
-    return "\t" if "\t" in header else ";" if header.count(";") > header.count(",") else ","

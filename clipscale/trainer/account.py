@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
@@ -89,8 +88,8 @@ class Account:
                     "model.context_length, or see data.long_caption"
                 )
 
-    def judge(self, bad: int, seen: int, passes: int, is_over: bool) -> None:
-        """Hold the counts against the budget; ``passes`` epochs were begun since this start. Raises DataBudgetError."""
+    def judge(self, bad: int, seen: int, epochs: int, is_over: bool) -> None:
+        """Hold the counts against the budget; ``epochs`` were begun since this start. Raises DataBudgetError."""
         data = self._config.data
         how = "; mend the data or raise the limit: the same command goes on from the last checkpoint"
         if over_budget(bad, seen, data.max_bad_fraction, is_over):
@@ -105,13 +104,12 @@ class Account:
         if limit is not None and bad > self._told.get("judged", 0):
             self._told["judged"] = bad
             found = self._everywhere()
-            passes *= math.ceil(max(self._train.order.weights))
-            if worst_of := worst_shard(found, self._train.samples_by_name, limit, passes):
+            if worst_of := worst_shard(found, self._train.reads(epochs), limit):
                 name, count, samples = worst_of
                 reasons = Counter({reason: n for (shard, reason), n in found.counts.items() if shard == name})
                 raise DataBudgetError(
-                    f"{count:,} of the {samples:,} samples of shard {name} could not be used ({listed(reasons)}), more "
-                    f"than data.max_bad_fraction_per_shard={limit}; keys in {self._path}/bad_samples{how}"
+                    f"{count:,} of {samples:,} samples read of shard {name} could not be used ({listed(reasons)}), "
+                    f"more than data.max_bad_fraction_per_shard={limit}; keys in {self._path}/bad_samples{how}"
                 )
 
     def _everywhere(self) -> BadSamples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -57,12 +58,11 @@ class TrainData:
         """Samples in all shards, each counted once."""
         return sum(shard.samples for shard in self.order.shards)
 
-    @property
-    def samples_by_name(self) -> Counter[str]:
-        """Samples by shard name; parts and namesakes together."""
+    def reads(self, epochs: int) -> Counter[str]:
+        """How many samples of each shard, by name, so many epochs read at most; parts and namesakes together."""
         found: Counter[str] = Counter()
         for shard in self.order.shards:
-            found[shard.name] += shard.samples
+            found[shard.name] += shard.samples * math.ceil(epochs * self.order.weights[shard.source])
         return found
 
 
@@ -84,10 +84,10 @@ def _render(spec: ShapesSpec) -> Path:
         ) from None
 
 
-def build_store(config: Config) -> ShardStore:
-    """What opens the shards; what its streams read ahead together stays within half a gigabyte a rank."""
-    streams = config.data.streams or 1
-    return ShardStore(config.storage, burst=int(np.clip(2**29 // streams, 2**20, 2**25)))
+def build_store(config: Config, world: int = 1) -> ShardStore:
+    """What opens the shards; what the streams of one of ``world`` ranks read ahead stays within a gigabyte."""
+    streams = max(1, (config.data.streams or 1) // world)
+    return ShardStore(config.storage, burst=int(np.clip(2**30 // streams, 2**21, 2**26)))
 
 
 def build_train_data(config: Config, data: Data, store: ShardStore, runtime: Runtime) -> TrainData:
@@ -113,7 +113,21 @@ def build_train_data(config: Config, data: Data, store: ShardStore, runtime: Run
         mean_bytes = _mean_bytes(files, summaries)
         config.data.window = int(np.clip(WINDOW_BYTES / (config.data.streams * mean_bytes), *WINDOW_RANGE))
     shards = [Shard(file.name, found.samples, file.source) for file, found in zip(files, summaries, strict=True)]
-    return TrainData(files, _order(config, shards, data.train.weights), damaged)
+    train = TrainData(files, _order(config, shards, data.train.weights), damaged)
+    _agree(train.order.fingerprint, runtime)
+    return train
+
+
+def _agree(fingerprint: str, runtime: Runtime) -> None:
+    """Raise DataError when ranks see other data: one may have met another index, or other files of the same name."""
+    if runtime.world > 1:
+        everyone = [fingerprint] * runtime.world
+        dist.all_gather_object(everyone, fingerprint)
+        if other := next((rank for rank, one in enumerate(everyone) if one != everyone[0]), None):
+            raise DataError(
+                f"ranks 0 and {other} see other shards, or other numbers of samples in them, by the same names; make "
+                "data.root the same data on all nodes"
+            )
 
 
 def _order(config: Config, shards: Sequence[Shard], weights: Sequence[float] | None) -> SampleOrder:

@@ -45,7 +45,7 @@ class Trainer:
         self.config, self.runtime = config, runtime
         self.path = run_path(config)
         self.data = place_data(config.data, runtime)
-        self.store = build_store(config)
+        self.store = build_store(config, runtime.world)
         self.train = build_train_data(config, self.data, self.store, runtime)
         self.tokenizer = build_tokenizer(config.tokenizer, config.model)
         model = build_model(
@@ -343,8 +343,8 @@ class Trainer:
             started = self.runtime.world + self.runtime.spares
             say(
                 f"warning: {self.runtime.spares} of {started} processes idle: {order.streams} streams cannot be shared "
-                f"evenly by more than {self.runtime.world}; a new run would use all with a global_batch_size that is a "
-                f"multiple of {started}"
+                f"evenly by more than {self.runtime.world}; a new run begun with {started} uses all where they divide "
+                "global_batch_size"
             )
         if any(file.location.startswith(PIPE) for file in self.train.files):
             say("warning: pipe: shards are read from their beginning for each part of them; other locations are faster")

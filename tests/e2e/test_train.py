@@ -207,7 +207,7 @@ def test_too_many_bad_samples_stop_the_run(recipe: list[str], world: int) -> Non
     assert all(row["reason"] and row["attempt"] == 1 and row["samples_seen"] for row in listed) and listed
     if world == 1:
         output = run(*short, "data.max_bad_fraction=null", "data.max_bad_fraction_per_shard=0.001", expect=4)
-        assert "samples of shard 0000" in output and "data.max_bad_fraction_per_shard=0.001" in output
+        assert "samples read of shard 0000" in output and "data.max_bad_fraction_per_shard=0.001" in output
     assert "done: " in run(*short, "data.max_bad_fraction=null"), "the same run goes on under another limit"
 
 

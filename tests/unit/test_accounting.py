@@ -35,7 +35,6 @@ def test_the_worst_shard() -> None:
     bad = BadSamples()
     bad.add([("no_image", "a.tar/1"), ("no_image", "a.tar/2"), ("no_caption", "b.tar/1")])
     samples = {"a.tar": 100, "b.tar": 10}
-    assert worst_shard(bad, samples, 0.05, passes=1) == ("b.tar", 1, 10)
-    assert worst_shard(bad, samples, 0.1, passes=1) is None
-    assert worst_shard(bad, samples, 0.05, passes=2) is None, "each pass meets the same bad samples again"
-    assert worst_shard(BadSamples(), samples, 0.0, passes=1) is None
+    assert worst_shard(bad, samples, 0.05) == ("b.tar", 1, 10)
+    assert worst_shard(bad, samples, 0.1) is None
+    assert worst_shard(BadSamples(), samples, 0.0) is None

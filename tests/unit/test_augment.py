@@ -71,6 +71,7 @@ def test_without_a_random_crop_training_sees_what_evaluation_sees() -> None:
         ("two\tlines\r\n\x00here\u200b", "two lines here"),
         ("3 < 5 and 7 > 2", "3 < 5 and 7 > 2"),
         ("www.example.org", ""),
+        ("👨‍👩‍👧 می‌خواهم", "👨‍👩‍👧 می‌خواهم"),
         ("ein Übergang, naïve 東京", "ein Übergang, naïve 東京"),
     ],
 )
@@ -82,4 +83,8 @@ def test_a_caption_from_any_of_its_sentences() -> None:
     caption = "One. Two! Three? Four"
     found = {from_random_sentence(caption, KeyedRandom(key)) for key in range(50)}
     assert found == {"One. Two! Three? Four", "Two! Three? Four", "Three? Four", "Four"}
+    report = "A 3.5 cm nodule, e.g. in the U.S.A. today."
+    assert {from_random_sentence(report, KeyedRandom(key)) for key in range(50)} == {report, *(
+        report[report.index(start) :] for start in ("in the", "today")
+    )}  # fmt: skip
     assert from_random_sentence("no end of sentence", KeyedRandom(0)) == "no end of sentence"

@@ -86,7 +86,7 @@ def test_the_budget_is_that_of_training(tmp_path: Path, limit: str, code: int) -
 
 def declare(path: Path, **changes: Any) -> None:
     data = path.read_bytes()
-    entry = {"samples": 6, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "damage": ""}
+    entry = {"samples": 6, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "damage": "", "tag": ""}
     entry |= {"offsets": [0, 28], **changes}
     read_index.cache_clear()
     path.with_name("shards.json").write_text(json.dumps({"format": 1, "shards": {path.name: entry}}))

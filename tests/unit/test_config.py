@@ -18,7 +18,7 @@ from clipscale.config.resume import differences, identity
 from clipscale.config.rundir import log_event, open_run
 from clipscale.config.running import Strategy
 from clipscale.config.schema import Config
-from clipscale.config.validate import usable_processes
+from clipscale.config.validate import default_streams, usable_processes
 from clipscale.errors import ConfigError
 from clipscale.losses import LOSSES
 from clipscale.optim import SCHEDULES
@@ -224,3 +224,11 @@ def test_an_unwritable_run_dir_is_one_line(tmp_path: Path) -> None:
 )
 def test_streams_are_shared_evenly(streams: int, world: int, usable: int) -> None:
     assert usable_processes(streams, world) == usable
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "streams"),
+    [(256, 1, 256), (12_288, 1, 512), (12_288, 6, 384), (32_768, 1024, 1024), (255, 2, 255)],
+)
+def test_streams_suit_the_processes_that_begin(batch: int, world: int, streams: int) -> None:
+    assert default_streams(batch, world) == streams

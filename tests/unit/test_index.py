@@ -11,13 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipscale.apps.data.index import index
+from clipscale.apps.data.shards import named_shards
 from clipscale.config.data import Storage
 from clipscale.data import manifest
-from clipscale.data.index import pack_offsets, read_index, sample_key, unpack_offsets, walk
+from clipscale.data.index import pack_offsets, sample_key, unpack_offsets, walk
 from clipscale.data.io import ShardStore
 from clipscale.data.manifest import ShardFile, expand_shards, summarise
 from clipscale.data.stream import read_samples
 from clipscale.errors import ConfigError, DataError
+from tests.faults import Fault, FaultServer
 from tests.shards import STORE, sample, write_shard, write_shards
 
 
@@ -111,11 +113,14 @@ def test_hints_are_held_against_the_shard(
         list(read_samples(file, 0, said + 1))
 
 
-def test_too_many_remote_shards_without_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_remote_shards_without_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "WALKED_AT_MOST", 2)
-    nobody = ShardStore(Storage(retries=0))
-    with pytest.raises(DataError, match=r"3 remote shards have no index.*run clipscale data index once"):
-        expand_shards("http://127.0.0.1:1/{0..2}.tar", None, "data.train.shards", nobody)
+    write_shards(tmp_path, [1, 1, 1])
+    with (
+        FaultServer(tmp_path).running() as server,
+        pytest.raises(DataError, match=r"3 remote shards have no index.*run clipscale data index once"),
+    ):
+        expand_shards("{00000..00002}.tar", server.url, "data.train.shards", STORE)
 
 
 @pytest.mark.parametrize(
@@ -134,12 +139,82 @@ def test_what_is_a_sample(name: str, key: str) -> None:
     assert sample_key(name)[0] == key
 
 
+def test_a_shard_of_the_same_size_is_not_the_indexed_one(tmp_path: Path) -> None:
+    write_shards(tmp_path, [3])
+    index("00000.tar", [f"data.root={tmp_path}"], jobs=1)
+    size = (tmp_path / "00000.tar").stat().st_size
+    path = write_shard(tmp_path / "00000.tar", [(str(n), sample(n)) for n in range(2)])
+    path.write_bytes(path.read_bytes().ljust(size, b"\0")[:size])
+    walk.cache_clear()
+    with pytest.raises(DataError, match="not the shard that was indexed, though as large"):
+        _keys(_expand("00000.tar", tmp_path)[0])
+
+
+def test_copied_shards_keep_their_index(tmp_path: Path) -> None:
+    write_shards(tmp_path / "here", [3])
+    index("00000.tar", [f"data.root={tmp_path / 'here'}"], jobs=1)
+    (tmp_path / "there").mkdir()
+    for path in (tmp_path / "here").iterdir():
+        (tmp_path / "there" / path.name).write_bytes(path.read_bytes())
+    assert len(_keys(_expand("00000.tar", tmp_path / "there")[0])) == 3
+
+
+def test_one_index_of_many_directories(tmp_path: Path) -> None:
+    write_shards(tmp_path / "a", [3])
+    write_shards(tmp_path / "b", [5])
+    write_shards(tmp_path / "val", [2])
+    pattern = "{a,b}/00000.tar"
+    index(pattern, [f"data.root={tmp_path}"], output=tmp_path / "index", jobs=1)
+    where = str(tmp_path / "index" / "shards.json")
+    assert [len(_keys(file)) for file in _expand(pattern, tmp_path, index=where)] == [3, 5]
+    assert _expand("val/00000.tar", tmp_path, index=where)[0].declared is None, "of the same name, but not indexed"
+
+
+def test_a_training_that_goes_on_may_use_the_older_index(tmp_path: Path) -> None:
+    write_shards(tmp_path, [2, 3, 4])
+    index("00001.tar", [f"data.root={tmp_path}"], jobs=1)
+    (before,) = _expand("00001.tar", tmp_path)
+    index("{00000..00002}.tar", [f"data.root={tmp_path}"], jobs=1)
+    assert len(_keys(before)) == 3
+
+
+def test_sizes_of_other_shards_stay(tmp_path: Path) -> None:
+    write_shards(tmp_path, [2])
+    (tmp_path / "sizes.json").write_text('{"other.tar": 7, "00000.tar": 99}')
+    index("00000.tar", [f"data.root={tmp_path}"], jobs=1)
+    assert json.loads((tmp_path / "sizes.json").read_text()) == {"00000.tar": 2, "other.tar": 7}
+
+
+def test_tools_believe_no_hints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "WALKED_AT_MOST", 0)
+    write_shards(tmp_path, [3])
+    (tmp_path / "sizes.json").write_text('{"00000.tar": 1}')
+    files, _ = named_shards("00000.tar", [f"data.root={tmp_path}"])
+    assert files[0].summary.samples == 3
+
+
+def test_a_server_that_fails_is_not_one_without_an_index(tmp_path: Path) -> None:
+    write_shards(tmp_path, [1])
+    (tmp_path / "shards.json").write_text("{}")
+    with FaultServer(tmp_path, lambda number: Fault("503")).running() as server:
+        failing = ShardStore(Storage(retries=0))
+        with pytest.raises(DataError, match=r"shards\.json could not be read"):
+            expand_shards("00000.tar", server.url, "data.train.shards", failing)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("http://me:secret@host/a.tar is bad", "http://***@host/a.tar is bad"),
+     ("https://host/a.tar?sig=secret is", "https://host/a.tar?*** is"),
+     ("pipe:curl -H 'Authorization: Bearer secret' x ended", "pipe:curl -H 'Authorization: Bearer ***' x ended"),
+     ("s3://bucket/a.tar does not exist", "s3://bucket/a.tar does not exist")],
+)  # fmt: skip
+def test_errors_tell_no_secrets(text: str, shown: str) -> None:
+    assert str(DataError(text)) == shown
+
+
 def test_mistakes(tmp_path: Path) -> None:
-    write_shards(tmp_path / "a", [1])
-    write_shards(tmp_path / "b", [1])
-    with pytest.raises(ConfigError, match=r"two shards are called 00000\.tar"):
-        index(f"{tmp_path}/{{a,b}}/00000.tar", [], output=tmp_path / "out", jobs=1)
     with pytest.raises(ConfigError, match=r"pipe: .* cannot be indexed"):
         index("pipe:cat x.tar", [], jobs=1)
-    index(f"{tmp_path}/{{a,b}}/00000.tar", [], jobs=1)  # each directory gets its own
-    assert read_index(STORE, f"{tmp_path}/a/shards.json") and read_index(STORE, f"{tmp_path}/b/shards.json")
+    with pytest.raises(DataError, match="an address with a query cannot be read in parts"):
+        expand_shards("https://host/a.tar?signature=x", None, "data.train.shards", STORE)

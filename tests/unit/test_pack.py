@@ -487,7 +487,7 @@ FILES: list[tuple[str, bytes, str]] = [
     ("a.csv", b"image,caption\na.jpg,one, two\n", r"line 2: 3 fields where the header has 2"),
     ("a.csv", b'image,caption\na.jpg,"one\nb.jpg,two\n', r"line 3: .*must be doubled"),
     ("a.csv", b"image,image,caption\na,b,c\n", r"column 'image' comes twice"),
-    ("a.csv", b"image,caption\na.jpg,caf\xe9\n", r"is not UTF-8 after row 0; convert it"),
+    ("a.csv", b"image,caption\na.jpg,caf\xe9\n", r"is not UTF-8 after line 0; convert it"),
     ("a.csv", b"url,image,caption\nu,https://x.org/a.jpg,it\n", r"column image holds addresses.*img2dataset"),
     ("a.jsonl", b'{"image": "a"}\n[1]\n', r"line 2: not an object"),
     ("a.jsonl", b'{"image": \n', r"line 1 is not JSON"),

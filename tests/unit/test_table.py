@@ -53,10 +53,11 @@ def test_any_text_survives(pairs: list[tuple[str, str]]) -> None:
     text = io.StringIO(newline="")
     csv.writer(text).writerows([("filepath", "caption"), *pairs])
     data = text.getvalue().encode("utf-8", "replace")
-    offsets, damage = scan_table(io.BytesIO(data))
-    assert not damage and len(offsets) == len(pairs) + 1
+    offsets = scan_table(io.BytesIO(data), "it")
+    assert len(offsets) == len(pairs) + 1
     for number, (_, caption) in enumerate(pairs):
-        (row,) = read_rows(io.BytesIO(data), int(offsets[number]), int(offsets[number + 1]), lambda path: b"")
+        header, begin, end = int(offsets[0]), int(offsets[number]), int(offsets[number + 1])
+        (row,) = read_rows(io.BytesIO(data), header, begin, end, lambda path: b"")
         assert row.members["txt"] == caption.encode("utf-8", "replace")
 
 
@@ -70,11 +71,33 @@ def test_a_byte_order_mark_and_empty_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("a,b\n1,2\n", "no column of image paths, its columns are a, b"), ("", "its columns are none"),
-     ("filepath,caption\n", "holds no row")],
+    [(b"a,b\n1,2\n", "no column of image paths, its columns are a, b"), (b"", "its columns are none"),
+     (b"filepath,caption\n", "holds no row"), (b'filepath,caption\n1.jpg,"never closed\n2.jpg,b\n3.jpg,c\n', "line 4"),
+     (b"filepath,caption\n1.jpg,a cat, sitting\n", "3 fields where the header has 2"),
+     ("filepath,caption\n1.jpg,caf\xe9\n".encode("latin-1"), "is not UTF-8"),
+     (b"filepath,caption\n1.jpg,a\rb\n2.jpg,c\n", "line 2"), (b"filepath,caption\r1.jpg,a\r", "line"),
+     ("filepath,caption\n".encode("utf-16"), "is not UTF-8")],
 )  # fmt: skip
-def test_tables_that_cannot_be_used(tmp_path: Path, text: str, says: str) -> None:
+def test_tables_that_cannot_be_used(tmp_path: Path, text: bytes, says: str) -> None:
     path = tmp_path / "pairs.csv"
-    path.write_text(text)
+    path.write_bytes(text)
     with pytest.raises(DataError, match=says):
         _expand(path)
+
+
+def test_a_header_may_span_lines(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(jpeg(0))
+    path = tmp_path / "pairs.csv"
+    path.write_text('filepath,caption,"other\nthings"\n0.png,one,x\n')
+    (file,) = _expand(path)
+    (row,) = read_samples(file, 0, 1)
+    assert row.members["txt"] == b"one" and row.members["png"] == row.members["jpg"] == jpeg(0)
+
+
+@pytest.mark.parametrize("name", ["nowhere.jpg", "", ".", "a" * 300, "zero\0byte", "pipe:touch made; cat 0.jpg #.jpg"])
+def test_images_that_are_not_there_are_bad_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    (file,) = _expand(_write(tmp_path / "pairs.csv", ["filepath", "caption"], [["0.jpg", "a"], [name, "b"]]))
+    assert [one.problem for one in read_samples(file, 0, 2)] == ["", "missing_image"]
+    assert not (tmp_path / "made").exists(), "a table runs no commands"

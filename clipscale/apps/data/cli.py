@@ -76,11 +76,12 @@ def index_command(
         Path | None, typer.Option(help="Directory for the index where the shards' own cannot be written.")
     ] = None,
     jobs: Jobs = 0,
+    ray: Ray = False,
 ) -> None:
     """Count samples, and keep where they begin, beside the shards: training then starts without reading them all."""
     from clipscale.apps.data.index import index
 
-    index(shards, overrides or [], output=output, jobs=jobs)
+    index(shards, overrides or [], output=output, jobs=jobs, ray=ray)
 
 
 @data_app.command("check")

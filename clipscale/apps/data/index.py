@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipscale.apps.data.jobs import Jobs, share
+from clipscale.apps.data.jobs import Jobs, scratch_beside, share
 from clipscale.apps.data.shards import digest, identity, named_shards
-from clipscale.data.index import FORMAT, INDEX, OFFSETS, SIZES, cache_dir, pack_offsets, sample_key, walk
+from clipscale.data.index import FORMAT, INDEX, OFFSETS, SIZES, cache_dir, indexed_name, pack_offsets, sample_key, walk
 from clipscale.data.io import PIPE, ShardStore, parent, resolve
 from clipscale.data.manifest import ShardFile
 from clipscale.data.table import is_table
@@ -25,39 +25,40 @@ from clipscale.errors import ConfigError, MissingError
 class _Task:
     file: ShardFile
     image_keys: tuple[str, ...]
+    offsets: Path  # a file of the shard's, until they are put together
 
 
-def index(shards: str, overrides: Sequence[str], *, output: Path | None = None, jobs: int = 0) -> None:
-    """Write ``shards.json``, ``shards.offsets`` and OpenCLIP's ``sizes.json`` beside the shards, or into ``output``.
+def index(
+    shards: str, overrides: Sequence[str], *, output: Path | None = None, jobs: int = 0, ray: bool = False
+) -> None:
+    """Write ``shards.json``, ``shards.offsets`` and OpenCLIP's ``sizes.json`` beside the shards.
 
-    Shards that were indexed there before stay listed. Raises ConfigError or DataError.
+    With ``output`` the first two are written there, for all directories of shards together. Shards that were indexed
+    there before stay listed. Raises ConfigError or DataError.
     """
     files, config = named_shards(shards, overrides)
     files = list({file.location: file for file in files}.values())
-    _refuse(files, output)
-    image_keys = tuple(config.data.image_keys)
-    versions = identity(files)
-    place = hashlib.sha256(json.dumps([versions, image_keys]).encode()).hexdigest()[:16]
-    work = Jobs((output or cache_dir()) / "indexing" / place, "index", {"shards": versions}, jobs)
-    tasks = {file.location: _Task(file, image_keys) for file in files}
-    found = work.run("index", _index, tasks)
-    if share()[0] == 0:
-        for folder, entries in _by_folder(files, found, output).items():
-            _write_index(files[0].store, folder, entries)
-
-
-def _refuse(files: Sequence[ShardFile], output: Path | None) -> None:
     for file in files:
         if file.location.startswith(PIPE) or is_table(file.location):
             raise ConfigError(f"{file.location}: pipe: shards and tables cannot be indexed, and need no index")
-    if output is not None:
-        seen: set[str] = set()
-        for file in files:
-            if file.name in seen:
-                raise ConfigError(
-                    f"two shards are called {file.name}; index each directory by itself, or without --output"
-                )
-            seen.add(file.name)
+    image_keys = tuple(config.data.image_keys)
+    versions = identity(files)
+    state = hashlib.sha256(json.dumps([versions, image_keys]).encode()).hexdigest()[:16]
+    place = (output or cache_dir()) / "indexing" / state
+    tasks = {file.location: _Task(file, image_keys, place / "offsets" / _hashed(file.location)) for file in files}
+    found = Jobs(place, "index", {"shards": versions}, jobs, ray).run("index", _index, tasks)
+    if share()[0] == 0:
+        folders: dict[str, dict[str, _Task]] = defaultdict(dict)
+        for location, task in tasks.items():
+            folder = parent(location) if output is None else config.data.root and resolve("", config.data.root)
+            folders[str(output or folder)][indexed_name(location, folder or None)] = task
+        for folder, named in folders.items():
+            _write_index(files[0].store, folder, named, found, place, with_sizes=output is None)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _hashed(location: str) -> str:
+    return hashlib.sha256(location.encode()).hexdigest()[:24]
 
 
 def _index(task: _Task) -> dict[str, Any]:
@@ -70,9 +71,13 @@ def _index(task: _Task) -> dict[str, Any]:
         elif not set(suffixes) & set(task.image_keys):
             bad["no_image"].append(key)
     size, sha256 = digest(file)
+    task.offsets.parent.mkdir(parents=True, exist_ok=True)
+    scratch = scratch_beside(task.offsets)
+    scratch.write_bytes(pack_offsets(found.offsets))
+    scratch.replace(task.offsets)
     return {
-        "samples": found.samples, "bytes": size, "sha256": sha256, "damage": found.damage, "bad": bad,
-        "offsets": base64.b64encode(pack_offsets(found.offsets)).decode(),
+        "samples": found.samples, "bytes": size, "tag": found.version.tag, "sha256": sha256, "damage": found.damage,
+        "bad": bad,
     }  # fmt: skip
 
 
@@ -92,31 +97,31 @@ def _suffixes(file: ShardFile, end: int) -> list[tuple[str, list[str]]]:
     return found
 
 
-def _by_folder(
-    files: Sequence[ShardFile], found: Mapping[str, Any], output: Path | None
-) -> dict[str, dict[str, dict[str, Any]]]:
-    folders: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for file in files:
-        folders[str(output) if output else parent(file.location)][file.name] = found[file.location]
-    return folders
-
-
-def _write_index(store: ShardStore, folder: str, entries: Mapping[str, dict[str, Any]]) -> None:
-    packed: dict[str, bytes] = {}
-    listed = _listed(store, folder, packed)
-    for name, entry in entries.items():
-        packed[name] = base64.b64decode(entry["offsets"])
-        listed[name] = {key: value for key, value in entry.items() if key != "offsets"}
-    place = 0
-    for name in sorted(listed):
-        listed[name]["offsets"] = [place, place + len(packed[name])]
-        place += len(packed[name])
-    document = {"format": FORMAT, "shards": {name: listed[name] for name in sorted(listed)}}
-    sizes = {name: listed[name]["samples"] for name in sorted(listed)}
-    # The offsets first: an index that is there is whole.
-    store.write(resolve(OFFSETS, folder), b"".join(packed[name] for name in sorted(packed)))
-    store.write(resolve(SIZES, folder), json.dumps(sizes, indent=1).encode())
+def _write_index(
+    store: ShardStore, folder: str, tasks: Mapping[str, _Task], found: Mapping[str, Any], place: Path, with_sizes: bool
+) -> None:
+    entries = {name: dict(found[task.file.location]) for name, task in tasks.items()}
+    listed = _listed(store, folder)
+    joined = place / OFFSETS
+    with joined.open("wb") as out:
+        if listed:
+            with store.open(resolve(OFFSETS, folder)) as raw:
+                shutil.copyfileobj(raw, out)
+        # What is there stays where it is: a training that goes on has read the older index.
+        for name, task in tasks.items():
+            start = out.tell()
+            out.write(task.offsets.read_bytes())
+            entries[name]["offsets"] = [start, out.tell()]
+    document = {"format": FORMAT, "shards": dict(sorted((listed | entries).items()))}
+    store.write(resolve(OFFSETS, folder), joined)  # first: what an index names is there
     store.write(resolve(INDEX, folder), json.dumps(document, indent=1).encode())
+    if with_sizes:
+        sizes = _read(store, resolve(SIZES, folder)) | {name: entry["samples"] for name, entry in entries.items()}
+        store.write(resolve(SIZES, folder), json.dumps(dict(sorted(sizes.items())), indent=1).encode())
+    _tell(resolve(INDEX, folder), entries)
+
+
+def _tell(where: str, entries: Mapping[str, dict[str, Any]]) -> None:
     damaged = {name: entry["damage"] for name, entry in entries.items() if entry["damage"]}
     for name, damage in damaged.items():
         print(f"warning: {name} {damage}")
@@ -124,21 +129,19 @@ def _write_index(store: ShardStore, folder: str, entries: Mapping[str, dict[str,
         for reason, keys in entry["bad"].items():
             print(f"warning: {name}: {len(keys)} x {reason}, first {keys[0]}")
     total = sum(entry["samples"] for entry in entries.values())
-    print(f"{resolve(INDEX, folder)}: {total:,} samples in {len(entries):,} shards ({len(damaged)} damaged)")
+    print(f"{where}: {total:,} samples in {len(entries):,} shards ({len(damaged)} damaged)")
 
 
-def _listed(store: ShardStore, folder: str, packed: dict[str, bytes]) -> dict[str, dict[str, Any]]:
-    """What an index that is there lists; its offsets go to ``packed``."""
+def _listed(store: ShardStore, folder: str) -> dict[str, Any]:
+    """What an index that is there lists."""
+    document = _read(store, resolve(INDEX, folder))
+    return dict(document["shards"]) if document.get("format") == FORMAT else {}
+
+
+def _read(store: ShardStore, location: str) -> dict[str, Any]:
     try:
-        with store.open(resolve(INDEX, folder)) as raw:
+        with store.open(location) as raw:
             document = json.loads(raw.read())
-        with store.open(resolve(OFFSETS, folder)) as raw:
-            stored = raw.read()
     except (MissingError, ValueError):
         return {}
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        return {}
-    for name, entry in document["shards"].items():
-        start, stop = entry["offsets"]
-        packed[name] = stored[start:stop]
-    return dict(document["shards"])
+    return document if isinstance(document, dict) else {}

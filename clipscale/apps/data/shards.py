@@ -7,18 +7,20 @@ import io
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 from clipscale.apps.data.jobs import scratch_beside
 from clipscale.config import Config, validate
 from clipscale.config.compose import override
-from clipscale.data.io import ShardStore
+from clipscale.data.io import REMOTE, ShardStore
 from clipscale.data.manifest import ShardFile, expand_shards
 from clipscale.data.samples import Member
 from clipscale.data.stream import read_samples
-from clipscale.errors import DataError
+from clipscale.errors import DataError, masked
 
 KEYS = ("data.", "storage.", "tokenizer.", "model.")
 
@@ -32,12 +34,21 @@ def named_shards(shards: str, overrides: Sequence[str], what: str = "SHARDS") ->
     config.data.train.shards = shards
     validate(config)
     store = ShardStore(config.storage)
-    return expand_shards(shards, config.data.root, what, store, config.data.index), config
+    files = expand_shards(shards, config.data.root, what, store, config.data.index)
+    # A hint will do for training, which counts what it got wrong; a tool has to see every sample.
+    return [replace(file, declared=None) if file.hinted else file for file in files], config
 
 
 def identity(files: Sequence[ShardFile]) -> list[list[object]]:
     """What tells these shards from others, for a tool's options: location, size and version of each."""
-    return [[file.location, *file.store.version(file.location)] for file in files]
+
+    def one(file: ShardFile) -> list[object]:
+        return [masked(file.location), *file.store.version(file.location)]
+
+    if not any(file.location.startswith(REMOTE) for file in files):
+        return [one(file) for file in files]
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(one, files))
 
 
 def digest(file: ShardFile) -> tuple[int, str]:
@@ -52,7 +63,7 @@ def digest(file: ShardFile) -> tuple[int, str]:
 
 def all_samples(file: ShardFile) -> Iterator[Member]:
     """Every raw sample of a shard, up to where it is damaged."""
-    return read_samples(file, 0, file.summary.samples)
+    return read_samples(file, 0, file.summary.samples)  # of hints there are none here: see named_shards
 
 
 def distinct(samples: Iterable[Member]) -> Iterator[tuple[str, Mapping[str, bytes]]]:

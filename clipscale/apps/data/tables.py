@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
-import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from clipscale.data.table import CAPTION_NAMES, IMAGE_NAMES, find_column, records
 from clipscale.errors import ConfigError, DataError
 
-IMAGE_NAMES = ("filepath", "image", "image_path", "file_name", "filename", "path", "img")
-CAPTION_NAMES = ("caption", "captions", "title", "text", "description")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 PROBLEM = "__problem__"  # column that says why a row cannot be used
 
@@ -141,10 +138,8 @@ def _column(path: Path, columns: Sequence[str], wanted: str | None, usual: Seque
         if wanted in columns:
             return wanted
         raise ConfigError(f"{path} has no column {wanted!r}; it has {', '.join(columns)}: choose with --{kind}-column")
-    by_name = {name.strip().lower(): name for name in reversed(columns)}
-    for name in usual:
-        if name in by_name:
-            return by_name[name]
+    if (found := find_column(columns, usual)) is not None:
+        return found
     beside = ", or put a .txt of the same name beside each image" if path.is_dir() else ""
     raise ConfigError(
         f"{path}: none of the columns {', '.join(columns)} is known to hold {kind}s; name one with "
@@ -155,30 +150,13 @@ def _column(path: Path, columns: Sequence[str], wanted: str | None, usual: Seque
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as raw:
         wide = raw.read(2) in (b"\xff\xfe", b"\xfe\xff")  # as spreadsheets write it
-    csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-16" if wide else "utf-8-sig", newline="") as file:
-        first = file.readline()
-        counts = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in "\t,;|"}
-        mark = max(counts, key=lambda each: counts[each])
-        file.seek(0)
-        lines = csv.reader(file, delimiter=mark, strict=True)
-        try:
-            header = [name.strip() for name in next(lines, [])]
-            if twice := {name for name in header if name and header.count(name) > 1}:
-                raise DataError(f"{path}: column {twice.pop()!r} comes twice")
-            for line in lines:
-                if not line:
-                    continue
-                if len(line) != len(header):
-                    raise DataError(
-                        f"{path} line {lines.line_num:,}: {len(line)} fields where the header has {len(header)}; put "
-                        f"quotes around a field that holds {mark!r}"
-                    )
-                yield {name: value for name, value in zip(header, line, strict=True) if name}
-        except csv.Error as error:
-            raise DataError(
-                f"{path} line {lines.line_num:,}: {error}; a quote inside of quotes must be doubled"
-            ) from None
+        found = records(file, str(path))
+        header = [name.strip() for name in next(found, [])]
+        if twice := {name for name in header if name and header.count(name) > 1}:
+            raise DataError(f"{path}: column {twice.pop()!r} comes twice")
+        for line in found:
+            yield {name: value for name, value in zip(header, line, strict=True) if name}
 
 
 def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
