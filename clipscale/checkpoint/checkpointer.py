@@ -39,6 +39,7 @@ class Saved:
     fingerprint: str = ""
     """Of the sample order that the positions belong to."""
     bad_samples: int = 0
+    bad_reasons: dict[str, int] = field(default_factory=dict)
     truncated_captions: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
 

@@ -36,7 +36,9 @@ class Account:
 
     def resumed(self, saved: Saved, attempt: int) -> None:
         """Go on from what a checkpoint counted."""
-        self._told["bad"] = saved.bad_samples
+        self._told["bad"] = self._counted = saved.bad_samples
+        self._before = Counter(saved.bad_reasons)
+        self._reasons = self._before
         self._attempt, self._started_at = attempt, saved.samples_seen
 
     def add(self, batch: Batch, samples_seen: int) -> None:
@@ -58,11 +60,15 @@ class Account:
     def save(self, saved: Saved) -> None:
         """Put the counts into what a checkpoint keeps."""
         saved.bad_samples, saved.truncated_captions = self.totals(saved)
+        saved.bad_reasons = dict(self.by_reason(saved.bad_samples))
         self._fresh.zero_()
 
-    def by_reason(self) -> dict[str, int]:
-        """Bad samples of all ranks since this start."""
-        return self._everywhere().by_reason()
+    def by_reason(self, bad: int) -> Counter[str]:
+        """The ``bad`` samples of the whole run by reason, over all ranks."""
+        if bad > self._counted:
+            self._counted = bad
+            self._reasons = self._before + Counter(self._everywhere().by_reason())
+        return self._reasons
 
     def warn(self, bad: int, truncated: int, seen: int, say: Callable[[str], None]) -> None:
         """Tell of what is new in the :meth:`totals`."""

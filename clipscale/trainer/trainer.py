@@ -163,6 +163,7 @@ class Trainer:
             "train/grad_norm": self.step.grad_norm(),
             "train/bad_samples": float(bad),
             "train/truncated_captions": float(truncated),
+            **{f"train/bad_samples/{reason}": float(n) for reason, n in self.account.by_reason(bad).items()},
         }
         self._emit(values)
         self.account.warn(bad, truncated, self.saved.samples_seen, self.sinks.console.say)
@@ -230,7 +231,7 @@ class Trainer:
         self.meters.restart()
 
     def _finish(self, code: ExitCode) -> ExitCode:
-        bad = self.account.by_reason()
+        bad = self.account.by_reason(self.saved.bad_samples)
         log.info("%s at %s samples", code.name.lower(), self.saved.samples_seen)
         if not self.runtime.is_main:
             return code
@@ -243,7 +244,7 @@ class Trainer:
             return code
         self.sinks.console.summary(self._title(), metrics)
         if bad:
-            say(f"bad samples passed over since the last start: {listed(bad)}; keys in {self.path}/bad_samples")
+            say(f"bad samples passed over: {listed(bad)}; keys in {self.path}/bad_samples")
         if self.config.eval.objective not in metrics and self.evaluators:
             say(f"warning: eval.objective={self.config.eval.objective} was not measured in this run")
         say(f'done: {self.path}; use it with clipscale.load("{self.path}") or: clipscale eval {self.path}')
