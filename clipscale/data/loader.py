@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +37,7 @@ from clipscale.data.samples import (
 from clipscale.data.stream import read_stream
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.distributed import GRACE_S
+from clipscale.distributed.workers import worker_context
 from clipscale.errors import DataError
 
 HOPELESS = 50_000  # samples; if none of so many is usable, the keys are wrong
@@ -293,13 +293,7 @@ class TrainLoader:
         )
         self._parts = max(1, min(workers, len(mine)))
         self._pin_memory = pin_memory
-        context = None
-        if workers:
-            # Not fork: the training process has threads. The server imports once, and every worker is a copy of it.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["clipscale.data.loader", "open_clip"])
-            with _signals_ignored():
-                forkserver.ensure_running()
+        context = worker_context(["clipscale.data.loader", "open_clip"]) if workers else None
         with _without_advice():
             self._loader = DataLoader(
                 reader,
@@ -320,17 +314,6 @@ class TrainLoader:
                 if isinstance(part, DataError):
                     raise part
             yield Batch.concatenate(parts, self._pin_memory)
-
-
-@contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """What is started inside inherits that SIGTERM and SIGUSR1 do nothing."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

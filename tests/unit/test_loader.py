@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -179,3 +181,25 @@ def test_sources(tmp_path: Path) -> None:
     assert [(f.name, f.source) for f in one] == [("00000.tar", 0), ("00001.tar", 0), ("00002.tar", 0)]
     two = expand_shards(["{00000..00001}.tar", "00002.tar"], str(tmp_path), "k", STORE)
     assert [f.source for f in two] == [0, 0, 1]
+
+
+def test_workers_run_the_code_of_the_trainer(
+    tmp_path: Path, files: list[ShardFile], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clipscale").mkdir()
+    (tmp_path / "clipscale" / "__init__.py").write_text("raise SystemExit('another clipscale')")
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys\n"
+        "from clipscale.distributed.workers import worker_context\n"
+        "if __name__ == '__main__':\n"
+        "    import clipscale, multiprocessing\n"
+        "    with worker_context(['clipscale.data.order']).Pool(1) as pool:\n"
+        "        sys.exit(pool.apply(eval, (\"__import__('clipscale').__file__\",)) != clipscale.__file__)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    code = (
+        f"import sys; sys.path[:0] = {sys.path!r}; import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
