@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from itertools import islice
@@ -188,7 +189,8 @@ def test_workers_run_the_code_of_the_trainer(
 ) -> None:
     (tmp_path / "clipscale").mkdir()
     (tmp_path / "clipscale" / "__init__.py").write_text("raise SystemExit('another clipscale')")
-    script = tmp_path / "train.py"
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "train.py"
     script.write_text(
         "import sys\n"
         "from clipscale.distributed.workers import worker_context\n"
@@ -198,8 +200,6 @@ def test_workers_run_the_code_of_the_trainer(
         "        sys.exit(pool.apply(eval, (\"__import__('clipscale').__file__\",)) != clipscale.__file__)\n"
     )
     monkeypatch.chdir(tmp_path)
-    code = (
-        f"import sys; sys.path[:0] = {sys.path!r}; import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
-    )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
