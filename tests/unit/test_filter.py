@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from clipscale.apps.data.check import check
 from clipscale.apps.data.filter import filter_shards
 from clipscale.apps.data.shards import all_samples
 from clipscale.apps.data.where import holds, parse
@@ -220,6 +221,24 @@ def test_lists_of_keys(source: Path, tmp_path: Path, name: str) -> None:
     assert set(kept(tmp_path / "keep")) == both and account.dropped == {"not_in_keep": 46}
     account = run(source, tmp_path / "drop", drop=tmp_path / name)
     assert set(kept(source)) - set(kept(tmp_path / "drop")) == both and account.dropped == {"in_drop": 2}
+
+
+def test_a_list_of_another_tool_names_samples_of_one_shard(tmp_path: Path) -> None:
+    """Keys that begin anew in every shard, and shards of one name in two folders."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name in ("0.tar", f"{folder}.tar"):
+            broken = {"jpg": b"no", "txt": b"x"}
+            content = [("k0", broken if name == "a.tar" or (name, folder) == ("0.tar", "b") else sample(0))]
+            write_shard(tmp_path / folder / name, [*content, ("k1", sample(1))])
+    shards, keys = "a/0.tar::a/a.tar::b/0.tar::b/b.tar", [f"data.root={tmp_path}"]
+    check(shards, tmp_path / "report", keys, jobs=1)
+    account = filter_shards(shards, tmp_path / "out", keys, drop=tmp_path / "report" / "bad_samples.csv", jobs=1)
+    assert account is not None and account.dropped == {"in_drop": 2} and account.kept == 6
+    assert account.shards == {"000000-0.tar": 2, "a.tar": 1, "000002-0.tar": 1, "b.tar": 2}
+    (tmp_path / "list.jsonl").write_text('{"shard": "b.tar", "key": "k1"}\n{"key": "k0"}\n')
+    account = filter_shards(shards, tmp_path / "both", keys, drop=tmp_path / "list.jsonl", jobs=1)
+    assert account is not None and account.shards == {"000000-0.tar": 1, "a.tar": 1, "000002-0.tar": 1, "b.tar": 0}
 
 
 def test_lists_that_are_none(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
