@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -58,12 +58,7 @@ class Account:
                 f"{self.read:,} samples were read, {self.kept:,} kept and {self.dropped.total():,} dropped: they do "
                 f"not add up; delete {output} and begin anew"
             )
-        gone = [name for name in self.shards if not (output / name).is_file()]
-        if gone:
-            raise DataError(
-                f"{len(gone)} of {len(self.shards)} shards that were written are gone, first {output / gone[0]}; "
-                f"delete {output} and begin anew"
-            )
+        refuse_gone(output, self.shards)
         if share()[0]:
             return
         told = {
@@ -102,9 +97,24 @@ def open_shards(
     local = [file.location for file in files if not file.location.startswith(ELSEWHERE)]
     if any(Path(location).resolve().parent == here for location in local):
         raise ConfigError(f"{output} holds the shards that are read; choose another directory")
-    if writes and output.is_dir() and not (output / MARKERS / tool).is_dir() and any(output.glob("*.tar")):
-        raise ConfigError(f"{output} holds shards that this command did not write; choose another directory")
+    if writes:
+        refuse_foreign(output, tool)
     return files, config
+
+
+def refuse_foreign(output: Path, tool: str) -> None:
+    """Raise ConfigError when ``output`` holds shards that this tool did not write."""
+    if output.is_dir() and not (output / MARKERS / tool).is_dir() and any(output.glob("*.tar")):
+        raise ConfigError(f"{output} holds shards that this command did not write; choose another directory")
+
+
+def refuse_gone(output: Path, shards: Collection[str]) -> None:
+    """Raise DataError when a shard that was written is gone."""
+    if gone := [name for name in shards if not (output / name).is_file()]:
+        raise DataError(
+            f"{len(gone)} of {len(shards)} shards that were written are gone, first {output / gone[0]}; "
+            f"delete {output} and begin anew"
+        )
 
 
 def at_least(option: str, value: int, least: int) -> None:
@@ -120,11 +130,17 @@ def output_names(files: Sequence[ShardFile]) -> list[str]:
     return [f"{i:06d}-{name}" if name in twice else name for i, name in enumerate(plain)]
 
 
-def train_command(output: Path, names: Sequence[str], overrides: Sequence[str]) -> str:
-    """The command that trains on shards in ``output``."""
+def train_command(root: Path, splits: Mapping[str, Iterable[str]], overrides: Sequence[str]) -> str:
+    """The command that trains on shards in ``root``, named by split, with the keys that say what a sample is."""
     keys = [change for change in overrides if change.startswith(("data.caption_key=", "data.image_keys="))]
-    words = ["data=shards", f"data.root={output}", f"data.train.shards={brace_pattern(names)}", *keys]
-    return "clipscale train " + " ".join(shlex.quote(word) for word in words)
+    named = [f"data.{name}.shards={brace_pattern(splits[name])}" for name in ("train", "val") if name in splits]
+    return shlex.join(["clipscale", "train", "data=shards", root_override(root), *named, *keys])
+
+
+def root_override(root: Path) -> str:
+    """``data.root`` as the overrides' grammar takes it."""
+    text = str(root.resolve())
+    return "data.root=" + (text if re.fullmatch(r"[\w./~+-]+", text) else "'" + text.replace("'", "\\'") + "'")
 
 
 def brace_pattern(names: Iterable[str]) -> str:

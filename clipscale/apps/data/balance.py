@@ -125,7 +125,7 @@ def balance(
     account.dropped = +account.dropped
     if not share()[0]:
         _report(output / "concepts.csv", limits, matches, account)
-    account.close(output, "balance", train_command(output, list(account.shards), overrides))
+    account.close(output, "balance", train_command(output, {"train": account.shards}, overrides))
     return account
 
 

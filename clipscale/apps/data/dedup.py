@@ -79,7 +79,7 @@ def dedup(
     account.shards = {name: result["kept"] for name, result in work.run("write", write_group, groups).items()}
     if not share()[0]:
         _report(output, files, task, account, data)
-    account.close(output, "dedup", train_command(output, names, overrides))
+    account.close(output, "dedup", train_command(output, {"train": names}, overrides))
     return account
 
 

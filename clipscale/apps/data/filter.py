@@ -100,7 +100,7 @@ def filter_shards(
     for option, count in listed.items():
         if not met[option]:
             print(f"warning: none of the {count:,} keys of {option} is in these shards", file=sys.stderr)
-    account.close(output, "filter", train_command(output, names, overrides))
+    account.close(output, "filter", train_command(output, {"train": names}, overrides))
     return account
 
 
