@@ -27,7 +27,7 @@ def report(output: Path) -> dict[str, Any]:
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 
@@ -177,7 +177,20 @@ def test_keys_that_are_no_text_are_written_and_printed(tmp_path: Path, capsys: p
     write_shard(tmp_path / "a.tar", [("\udcff\x1b[31m\n,", {"jpg": b"", "txt": b"x"}), ("b", sample(1))])
     assert check(str(tmp_path / "a.tar"), tmp_path / "out", ["data.max_bad_fraction=0.9"], jobs=1) == 0
     assert "\x1b" not in capsys.readouterr().out
-    assert [row["reason"] for row in rows(tmp_path / "out" / "bad_samples.csv")] == ["empty_image"]
+    (row,) = rows(tmp_path / "out" / "bad_samples.csv")
+    assert (row["key"], row["reason"]) == ("\udcff\x1b[31m\n,", "empty_image"), "the filter finds it by these bytes"
+
+
+def test_the_first_node_alone_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others have the verdict as their exit code."""
+    path = write_shards(tmp_path, [4], bad={1: {"txt": b"a"}})[0]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert check(str(path), tmp_path / "out", [], jobs=1, as_json=True) == 4
+        assert (tmp_path / "out" / "report.json").exists() == bool(capsys.readouterr().out) == (rank == "0")
 
 
 def test_taken_up_again_it_says_the_same(tmp_path: Path) -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import rich.console
 import rich.table
 
-from clipscale.apps.data.jobs import MARKERS, share
+from clipscale.apps.data.jobs import MARKERS, share, whole_text
 from clipscale.apps.data.shards import named_shards
 from clipscale.config import Config
 from clipscale.data.io import ELSEWHERE
@@ -65,7 +63,7 @@ class Account:
             "tool": tool, "read": self.read, "kept": self.kept, "dropped": dict(self.dropped.most_common()),
             "damaged_shards": self.damaged, "shards": self.shards,
         }  # fmt: skip
-        with scratch_file(output / "account.json") as out:
+        with whole_text(output / "account.json") as out:
             out.write(json.dumps(told, indent=1) + "\n")
         self._print(following)
 
@@ -160,18 +158,3 @@ def brace_pattern(names: Iterable[str]) -> str:
         else:
             patterns.append(f"{first[1]}{{{first[2]}..{last[2]}}}{first[3]}")
     return "::".join(patterns)
-
-
-@contextmanager
-def scratch_file(path: Path) -> Iterator[TextIO]:
-    """A text file that is there whole or not at all. Names that are no UTF-8 keep their bytes."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with scratch.open("w", encoding="utf-8", errors="surrogateescape", newline="") as out:
-            yield out
-        scratch.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)

@@ -7,14 +7,14 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from clipscale.apps.data.check_report import Report, print_report
 from clipscale.apps.data.examine import examine, labels, own_key, shown
-from clipscale.apps.data.jobs import MARKERS, Jobs
+from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole, whole_text
 from clipscale.apps.data.repeats import find_repeats, save_hashes, within
 from clipscale.apps.data.shards import all_samples, digest, identity, named_shards
 from clipscale.apps.data.summaries import Top
@@ -23,7 +23,7 @@ from clipscale.data.index import Declared
 from clipscale.data.manifest import ShardFile
 from clipscale.data.samples import BadSample, Member
 from clipscale.data.stream import read_samples
-from clipscale.errors import ConfigError, DataError, ExitCode
+from clipscale.errors import DataError, ExitCode
 
 SMALLEST = 16  # pixels; images below are mostly tracking pixels and icons
 WIDEST = 20  # longer side over the shorter one
@@ -79,16 +79,12 @@ def check(
         [task.label for task in tasks], list(results.values()), repeats, data.max_bad_fraction,
         _frequent(task.part("captions.json") for task in tasks), [_example(tasks, pair) for pair in repeats.examples],
     )  # fmt: skip
-    try:
-        for name in ("bad_samples.csv", "warnings.csv"):
-            _join(output / name, [task.part(name) for task in tasks])
-        (output / "report.json").write_text(json.dumps(report.document, indent=1))
-    except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
-    if as_json:
-        print(json.dumps(report.document))
-    else:
-        print_report(report.document, output)
+    if not share()[0]:
+        _write(output, report.document, tasks)
+        if as_json:
+            print(json.dumps(report.document))
+        else:
+            print_report(report.document, output)
     return ExitCode.DONE if report.document["passed"] else ExitCode.DATA_BUDGET
 
 
@@ -139,7 +135,8 @@ def _check_shard(task: _Task) -> dict[str, Any]:
     save_hashes(task.part("keys.npy"), found.keys)
     _save_rows(task.part("bad_samples.csv"), task.label, found.bad)
     _save_rows(task.part("warnings.csv"), task.label, found.warnings)
-    task.part("captions.json").write_text(json.dumps(found.captions.to_json()))
+    with whole_text(task.part("captions.json")) as out:
+        out.write(json.dumps(found.captions.to_json()))
     return {
         "samples": max(expected, found.samples), "reasons": reasons, "damage": damage, "unreadable": unreadable,
         "mismatches": mismatches, "warnings": Counter(warning for _, warning in found.warnings),
@@ -211,19 +208,16 @@ def _frequent(paths: Iterable[Path]) -> Top:
 
 
 def _save_rows(path: Path, label: str, rows: Iterable[tuple[str, str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        csv.writer(file).writerows((label, key, reason) for key, reason in rows)
+    with whole_text(path) as out:
+        csv.writer(out).writerows((label, key, reason) for key, reason in rows)
 
 
-def _join(path: Path, parts: Sequence[Path]) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")
-    with scratch.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerow(("shard", "key", "reason"))
-        for part in parts:
-            _append(part, file)
-    scratch.replace(path)
-
-
-def _append(part: Path, file: TextIO) -> None:
-    with part.open(newline="", encoding="utf-8") as rows:
-        shutil.copyfileobj(rows, file)
+def _write(output: Path, document: Mapping[str, Any], tasks: Sequence[_Task]) -> None:
+    for name in ("bad_samples.csv", "warnings.csv"):
+        with whole(output / name) as out:
+            out.write(b"shard,key,reason\r\n")
+            for task in tasks:
+                with task.part(name).open("rb") as rows:
+                    shutil.copyfileobj(rows, out)
+    with whole_text(output / "report.json") as report:
+        report.write(json.dumps(document, indent=1))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from clipscale.apps.data.account import brace_pattern, refuse_foreign, refuse_gone, root_override, train_command
-from clipscale.apps.data.jobs import Jobs, Tasks, scratch_beside
+from clipscale.apps.data.jobs import Jobs, Tasks, whole_text
 from clipscale.apps.data.packing import (
     FORMATTER,
     Sample,
@@ -233,7 +233,8 @@ def _finish(output: Path, settings: Settings, shares: Mapping[str, float], resul
         check_apart({name: [h for r in made for h in r[what]] for name, made in by_split.items()}, kind)
     skipped = sorted(each for result in results.values() for each in result["skipped"])
     reasons = Counter(reason for _, _, reason in skipped)
-    _write_skipped(output / "skipped.csv", skipped)
+    with whole_text(output / "skipped.csv") as out:
+        csv.writer(out).writerows([("row", "path", "reason"), *skipped])
     if empty := [name for name, made in by_split.items() if not any(each["samples"] for each in made)]:
         told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
         raise DataError(f"no sample of {' and '.join(empty)} could be packed ({told}); see {output / 'skipped.csv'}")
@@ -253,16 +254,6 @@ def _finish(output: Path, settings: Settings, shares: Mapping[str, float], resul
     several = any(each["captions"] > each["samples"] for each in results.values())
     splits = {name: [shard for shard in results if shard.startswith(f"{name}-")] for name in shares}
     _tell_next(output, splits, ["data.caption_key=json:captions"] if several else [])
-
-
-def _write_skipped(path: Path, skipped: Sequence[Sequence[Any]]) -> None:
-    scratch = scratch_beside(path)
-    try:
-        with scratch.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([("row", "path", "reason"), *skipped])
-        scratch.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _ready(source: Path) -> list[str]:

@@ -17,8 +17,7 @@ import rich.table
 import torch
 from numpy.typing import NDArray
 
-from clipscale.apps.data.account import scratch_file
-from clipscale.apps.data.jobs import MARKERS, Jobs, share
+from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole_text
 from clipscale.apps.data.shards import all_samples, identity
 from clipscale.config.data import Data
 from clipscale.data.manifest import ShardFile
@@ -64,8 +63,7 @@ def score_shards(files: Sequence[ShardFile], output: Path, run: Path, data: Data
 def score_shard(task: ScoreTask) -> dict[str, Any]:
     """Write the rows ``key, score, reason`` of one shard; a sample without a score has the reason why."""
     scored = 0
-    task.path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_file(task.path) as out:
+    with whole_text(task.path) as out:
         for key, score, reason in _scores(task):
             csv.writer(out, lineterminator="\n").writerow([key, score, reason])
             scored += not reason
@@ -139,7 +137,7 @@ def _cosines(model: Any, tokenizer: Any, pairs: Sequence[tuple[torch.Tensor, lis
 def _join(paths: Sequence[Path], path: Path) -> NDArray[np.int64]:
     """Write ``scores.csv`` of all shards; how many scores lie at each level."""
     counts = np.zeros(LEVELS + 1, np.int64)
-    with scratch_file(path) as out:
+    with whole_text(path) as out:
         out.write("key,score,reason\n")
         for part in paths:
             out.write(part.read_text(encoding="utf-8", errors="surrogateescape"))

@@ -7,18 +7,16 @@ import io
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from clipscale.apps.data.jobs import scratch_beside
+from clipscale.apps.data.jobs import whole
 from clipscale.config import Config, validate
 from clipscale.config.compose import override
 from clipscale.data.io import ShardStore
 from clipscale.data.manifest import ShardFile, expand_shards
 from clipscale.data.samples import Member
 from clipscale.data.stream import read_samples
-from clipscale.errors import DataError
 
 KEYS = ("data.", "storage.", "tokenizer.", "model.")
 
@@ -79,21 +77,12 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
     Not by WebDataset's writer: it leaves out members whose names begin with ``_``, and spends a kilobyte of each
     member on its time. Raises DataError when the disk is full or the directory cannot be written.
     """
-    scratch = scratch_beside(path)
     written = 0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(scratch, "w", format=tarfile.PAX_FORMAT) as archive:
-            for key, members in samples:
-                for suffix in sorted(members):
-                    entry = tarfile.TarInfo(f"{key}.{suffix}")  # its time and its owner are 0
-                    entry.size = len(members[suffix])
-                    archive.addfile(entry, io.BytesIO(members[suffix]))
-                written += 1
-        scratch.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
+    with whole(path) as out, tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for key, members in samples:
+            for suffix in sorted(members):
+                entry = tarfile.TarInfo(f"{key}.{suffix}")  # its time and its owner are 0
+                entry.size = len(members[suffix])
+                archive.addfile(entry, io.BytesIO(members[suffix]))
+            written += 1
     return written
