@@ -15,6 +15,7 @@ import pytest
 from clipscale.apps.data import repeats
 from clipscale.apps.data.check import caption_warnings, check, image_warnings
 from clipscale.apps.data.jobs import Jobs
+from clipscale.data import manifest
 from clipscale.data.index import read_index
 from clipscale.errors import ConfigError, DataError
 from tests.shards import jpeg, sample, write_shard, write_shards
@@ -116,6 +117,24 @@ def test_samples_that_the_index_declares_and_a_cut_took_are_lost(tmp_path: Path)
     found = report(tmp_path / "out")
     assert found["samples"] == 6 and found["reasons"]["lost_with_the_archive"]["samples"] == 3
     assert found["reasons"]["no_caption"]["samples"] == 1, "its image is all that is left of it"
+
+
+@pytest.mark.parametrize(
+    ("says", "reasons"),
+    [(8, {"no_caption": 1, "missing": 2}), (5, {"no_caption": 1, "beyond_count": 1}), (6, {"no_caption": 1})],
+)
+def test_a_wrong_hint_is_told_and_counted_as_training_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: int, reasons: dict[str, int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(manifest, "WALKED_AT_MOST", 0)
+    path = write_shards(tmp_path, [6], bad={1: {"jpg": jpeg(1)}})[0]
+    (tmp_path / "sizes.json").write_text(json.dumps({path.name: says}))
+    assert check(str(path), tmp_path / "out", ["data.max_bad_fraction=0.5"], jobs=1) == 0
+    found, told = report(tmp_path / "out"), capsys.readouterr().out
+    assert {reason: each["samples"] for reason, each in found["reasons"].items()} == reasons
+    assert found["samples"] == max(says, 6) and not found["not_as_indexed"]
+    assert (f"sizes.json or its _stats.json says {says}" in told) == (says != 6) == bool(found["not_as_hinted"])
 
 
 def test_a_shard_that_cannot_be_read_is_told(tmp_path: Path) -> None:

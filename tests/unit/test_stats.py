@@ -187,6 +187,17 @@ def test_mistakes(tmp_path: Path) -> None:
         stats(path, tmp_path / "file", [], jobs=1)
 
 
+def test_a_table_is_one_shard(tmp_path: Path) -> None:
+    """Though training takes it in parts."""
+    (tmp_path / "a.png").write_bytes(picture(32, 32))
+    table = tmp_path / "table.csv"
+    table.write_text("filepath,caption\n" + "".join(f"a.png,a picture {number}\n" for number in range(100)))
+    stats(str(table), tmp_path / "out", [], jobs=1)
+    document = found(tmp_path / "out")
+    assert document["samples"] == 100 and document["bytes"] == table.stat().st_size
+    assert document["shards"]["count"] == 1 and document["shards"]["samples_per_shard"]["max"] == 100
+
+
 def test_the_first_node_alone_tells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,7 +36,7 @@ def labels(files: Sequence[ShardFile]) -> list[str]:
     """What to call shards: their names, or their locations where two have one name; no signature of a URL."""
     locations = [address(file) for file in files]
     names = [location.rpartition("/")[2] for location in locations]
-    counts = Counter(names)
+    counts = Counter(location.rpartition("/")[2] for location in {*locations})  # a table comes in parts, of one file
     return [name if counts[name] == 1 else location for name, location in zip(names, locations, strict=True)]
 
 

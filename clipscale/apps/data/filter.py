@@ -83,6 +83,7 @@ def filter_shards(
     options = {
         "shards": identity(files), "where": where, "keep": _version(keep), "drop": _version(drop), "model": model,
         "min_score": min_score, "caption_key": config.data.caption_key, "image_keys": config.data.image_keys,
+        "max_pixels": config.data.max_pixels,
     }  # fmt: skip
     names = output_names(files)
     tasks = {

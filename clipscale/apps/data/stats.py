@@ -106,10 +106,14 @@ def _describe_shard(task: _Task) -> dict[str, Any]:
 def _add_up(tasks: Sequence[_Task], results: Sequence[dict[str, Any]]) -> Summary:
     summary = Summary()
     summary.spreads |= {"samples_per_shard": Spread(), "bytes_per_shard": Spread()}
+    sizes: dict[int | str, tuple[int, int]] = {}
     for task, result in zip(tasks, results, strict=True):
         summary.merge(Summary.from_json(json.loads(task.part("json").read_text())))
-        summary.spread("samples_per_shard").add(result["samples"])
-        summary.spread("bytes_per_shard").add(result["bytes"])
+        shard = task.number if task.file.rows is None else task.file.location  # a table comes in parts, of one file
+        sizes[shard] = (sizes.get(shard, (0, 0))[0] + result["samples"], result["bytes"])
+    for samples, size in sizes.values():
+        summary.spread("samples_per_shard").add(samples)
+        summary.spread("bytes_per_shard").add(size)
     return summary
 
 
