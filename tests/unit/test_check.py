@@ -15,6 +15,7 @@ import pytest
 from clipscale.apps.data import repeats
 from clipscale.apps.data.check import caption_warnings, check, image_warnings
 from clipscale.apps.data.jobs import Jobs
+from clipscale.data import manifest
 from clipscale.data.index import read_index
 from clipscale.errors import ConfigError, DataError
 from tests.shards import jpeg, sample, write_shard, write_shards
@@ -27,7 +28,7 @@ def report(output: Path) -> dict[str, Any]:
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 
@@ -118,6 +119,24 @@ def test_samples_that_the_index_declares_and_a_cut_took_are_lost(tmp_path: Path)
     assert found["reasons"]["no_caption"]["samples"] == 1, "its image is all that is left of it"
 
 
+@pytest.mark.parametrize(
+    ("says", "reasons"),
+    [(8, {"no_caption": 1, "missing": 2}), (5, {"no_caption": 1, "beyond_count": 1}), (6, {"no_caption": 1})],
+)
+def test_a_wrong_hint_is_told_and_counted_as_training_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: int, reasons: dict[str, int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(manifest, "WALKED_AT_MOST", 0)
+    path = write_shards(tmp_path, [6], bad={1: {"jpg": jpeg(1)}})[0]
+    (tmp_path / "sizes.json").write_text(json.dumps({path.name: says}))
+    assert check(str(path), tmp_path / "out", ["data.max_bad_fraction=0.5"], jobs=1) == 0
+    found, told = report(tmp_path / "out"), capsys.readouterr().out
+    assert {reason: each["samples"] for reason, each in found["reasons"].items()} == reasons
+    assert found["samples"] == max(says, 6) and not found["not_as_indexed"]
+    assert (f"sizes.json or its _stats.json says {says}" in told) == (says != 6) == bool(found["not_as_hinted"])
+
+
 def test_a_shard_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     path = write_shards(tmp_path, [6])[0]
     code = check(f"pipe:cat {path}; exit 3", tmp_path / "one", ["data.max_bad_fraction=null"], jobs=1)
@@ -177,7 +196,20 @@ def test_keys_that_are_no_text_are_written_and_printed(tmp_path: Path, capsys: p
     write_shard(tmp_path / "a.tar", [("\udcff\x1b[31m\n,", {"jpg": b"", "txt": b"x"}), ("b", sample(1))])
     assert check(str(tmp_path / "a.tar"), tmp_path / "out", ["data.max_bad_fraction=0.9"], jobs=1) == 0
     assert "\x1b" not in capsys.readouterr().out
-    assert [row["reason"] for row in rows(tmp_path / "out" / "bad_samples.csv")] == ["empty_image"]
+    (row,) = rows(tmp_path / "out" / "bad_samples.csv")
+    assert (row["key"], row["reason"]) == ("\udcff\x1b[31m\n,", "empty_image"), "the filter finds it by these bytes"
+
+
+def test_the_first_node_alone_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others have the verdict as their exit code."""
+    path = write_shards(tmp_path, [4], bad={1: {"txt": b"a"}})[0]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert check(str(path), tmp_path / "out", [], jobs=1, as_json=True) == 4
+        assert (tmp_path / "out" / "report.json").exists() == bool(capsys.readouterr().out) == (rank == "0")
 
 
 def test_taken_up_again_it_says_the_same(tmp_path: Path) -> None:

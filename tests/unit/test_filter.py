@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from clipscale.apps.data.check import check
 from clipscale.apps.data.filter import filter_shards
 from clipscale.apps.data.shards import all_samples
 from clipscale.apps.data.where import holds, parse
@@ -222,6 +223,24 @@ def test_lists_of_keys(source: Path, tmp_path: Path, name: str) -> None:
     assert set(kept(source)) - set(kept(tmp_path / "drop")) == both and account.dropped == {"in_drop": 2}
 
 
+def test_a_list_of_another_tool_names_samples_of_one_shard(tmp_path: Path) -> None:
+    """Keys that begin anew in every shard, and shards of one name in two folders."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name in ("0.tar", f"{folder}.tar"):
+            broken = {"jpg": b"no", "txt": b"x"}
+            content = [("k0", broken if name == "a.tar" or (name, folder) == ("0.tar", "b") else sample(0))]
+            write_shard(tmp_path / folder / name, [*content, ("k1", sample(1))])
+    shards, keys = "a/0.tar::a/a.tar::b/0.tar::b/b.tar", [f"data.root={tmp_path}"]
+    check(shards, tmp_path / "report", keys, jobs=1)
+    account = filter_shards(shards, tmp_path / "out", keys, drop=tmp_path / "report" / "bad_samples.csv", jobs=1)
+    assert account is not None and account.dropped == {"in_drop": 2} and account.kept == 6
+    assert account.shards == {"000000-0.tar": 2, "a.tar": 1, "000002-0.tar": 1, "b.tar": 2}
+    (tmp_path / "list.jsonl").write_text('{"shard": "b.tar", "key": "k1"}\n{"key": "k0"}\n')
+    account = filter_shards(shards, tmp_path / "both", keys, drop=tmp_path / "list.jsonl", jobs=1)
+    assert account is not None and account.shards == {"000000-0.tar": 1, "a.tar": 1, "000002-0.tar": 1, "b.tar": 0}
+
+
 def test_lists_that_are_none(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, text, match in (
         ("empty.txt", "\n", "holds no key"),
@@ -265,7 +284,7 @@ def trained(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data.workers=0", "tracking=disabled", "global_batch_size=8", "total_samples=16", "schedule.warmup_samples=0",
         "model.vision.image_size=16", "model.vision.patch_size=8", "model.vision.width=32", "model.vision.layers=1",
         "model.vision.heads=2", "model.text.width=32", "model.text.layers=1", "model.text.heads=2",
-        "model.embed_dim=16", "model.context_length=12",
+        "model.embed_dim=16", "model.context_length=12", "model.vision.resize_mode=longest",
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-m", "clipscale.cli", "train", *recipe], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -289,14 +308,18 @@ def test_scores_by_a_model(source: Path, tmp_path: Path, trained: Path, capsys: 
     }  # fmt: skip
 
     model, preprocess, tokenizer = clipscale.load(trained)
-    members = sample(7)
-    with torch.no_grad():
-        image = model.encode_image(preprocess(Image.open(io.BytesIO(members["jpg"])))[None], normalize=True)
-        text = model.encode_text(tokenizer([members["txt"].decode()]), normalize=True)
-    assert float(rows["00000.tar/000007"]["score"]) == pytest.approx((image @ text.T).item(), abs=1e-5)
+    wide = {"jpg": picture(40, 20), "txt": b"wide"}  # another score if it were cut, as is the default
+    for key, members in {"00000.tar/000007": sample(7), "00002.tar/wide": wide}.items():
+        with torch.no_grad():
+            image = model.encode_image(preprocess(Image.open(io.BytesIO(members["jpg"])))[None], normalize=True)
+            text = model.encode_text(tokenizer([members["txt"].decode()]), normalize=True)
+        assert float(rows[key]["score"]) == pytest.approx((image @ text.T).item(), abs=1e-5)
 
     limit = sorted(float(row["score"]) for row in rows.values() if row["score"])[20]
     account = run(source, tmp_path, model=trained, min_score=limit)
     expected = {key for key, row in rows.items() if row["score"] and float(row["score"]) >= limit}
     assert set(kept(tmp_path)) == expected
     assert account.dropped == {"below_min_score": 20, "undecodable_image": 1, "no_image": 1, "no_caption": 1}
+    smaller = [f"data.root={source}", "data.max_pixels=500"]  # without the widest, which have a score of before
+    with pytest.raises(ConfigError, match=r"begun with other options \(max_pixels\)"):
+        filter_shards(PATTERN, tmp_path, smaller, model=trained, min_score=limit, jobs=1)

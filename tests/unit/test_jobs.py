@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from clipscale.apps.data.jobs import MARKERS, Jobs, Tasks, scratch_beside, share
+from clipscale.apps.data.jobs import MARKERS, Jobs, Tasks, share, whole_text
 from clipscale.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +40,38 @@ if __name__ == "__main__":
 """
 
 
+# A tool of two steps: the second one reads what the first one left, and slow nodes begin it when the gate opens.
+TWO_STEPS = """
+import sys
+from functools import partial
+from pathlib import Path
+from clipscale.apps.data.jobs import Jobs
+from tests.unit.test_jobs import make, use
+
+if __name__ == "__main__":
+    output = Path(sys.argv[1])
+    jobs = Jobs(output, "tool", {}, int(sys.argv[2]))
+    jobs.run("make", partial(make, output), {n: n for n in "abcd"})
+    found = jobs.run("use", partial(use, output), {n: n for n in "abcd"})
+    assert found == {n: n for n in "abcd"}
+    jobs.leave(output / "runs")
+"""
+
+
+def make(output: Path, name: str) -> None:
+    with whole_text(output / "runs" / name) as out:
+        out.write(name)
+
+
+def use(output: Path, name: str) -> str:
+    if os.environ.get("RANK") == "1":
+        with (output / "began.txt").open("a") as log:
+            log.write(f"{name}\n")
+        while (output / "gate").exists():
+            time.sleep(0.01)
+    return (output / "runs" / name).read_text()
+
+
 def work(output: Path, name: str) -> dict[str, Any]:
     if name == "unreadable":
         raise DataError("unreadable: not a shard; make it anew")
@@ -48,9 +80,8 @@ def work(output: Path, name: str) -> dict[str, Any]:
         log.write(f"{number}\n")
     while (output / "gate").exists() and int(number) >= 4:
         time.sleep(0.01)
-    scratch = scratch_beside(output / number)
-    scratch.write_text(name)
-    scratch.replace(output / f"{number}.out")
+    with whole_text(output / f"{number}.out") as out:
+        out.write(name)
     return {"name": name, "length": len(name)}
 
 
@@ -67,9 +98,9 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def start(output: Path, workers: int, **environment: str) -> subprocess.Popen[str]:
+def start(output: Path, workers: int, tool: str = TOOL, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", TOOL, str(output), str(workers)],
+        [sys.executable, "-c", tool, str(output), str(workers)],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
@@ -218,6 +249,48 @@ def test_a_node_that_died_is_made_up_for(output: Path) -> None:
     (output / "gate").unlink()
     finish(other)
     assert everything(output) == ALL
+
+
+def test_the_last_node_removes_what_was_on_the_way(output: Path) -> None:
+    (output / "gate").touch()
+    slow = start(output, 1, TWO_STEPS, **RANKS[1])
+    wait_for(output, 1)
+    finish(start(output, 1, TWO_STEPS, **RANKS[0]))
+    assert len(list((output / "runs").iterdir())) == 4
+    (output / "gate").unlink()
+    finish(slow)
+    assert not (output / "runs").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_node_survives_that_what_it_reads_is_gone_because_all_is_done(output: Path, workers: int) -> None:
+    """As when an array's task is run again, alone, while others are at work."""
+    (output / "gate").touch()
+    slow = start(output, workers, TWO_STEPS, **RANKS[1])
+    wait_for(output, workers)
+    finish(start(output, 1, TWO_STEPS))
+    assert not (output / "runs").exists()
+    (output / "gate").unlink()
+    finish(slow)
+
+
+def test_a_file_is_there_whole_or_not_at_all(output: Path) -> None:
+    path = output / "deep" / ("long" * 60)
+    with pytest.raises(ValueError, match="half"), whole_text(path) as out:
+        out.write("half")
+        raise ValueError("half")
+    assert not list(path.parent.iterdir())
+    with whole_text(path) as out, whole_text(output / "other"):
+        out.write("whole \udcff")
+        assert not path.exists()
+    assert path.read_bytes() == b"whole \xff"
+
+
+def test_long_names_of_tasks(output: Path) -> None:
+    names = [f"{letter}{'é' * 300}" for letter in "ab"]
+    assert Jobs(output, "tool", {}, workers=1).run("step", str.upper, {n: n for n in names}) == {
+        name: name.upper() for name in names
+    }
 
 
 @pytest.mark.parametrize(

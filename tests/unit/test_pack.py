@@ -24,8 +24,9 @@ import typer
 from braceexpand import braceexpand
 from PIL import Image
 
+from clipscale.apps.data.account import brace_pattern
 from clipscale.apps.data.cli import data_app
-from clipscale.apps.data.pack import pack, pattern
+from clipscale.apps.data.pack import pack
 from clipscale.apps.data.packing import fill
 from clipscale.apps.data.splits import assign, check_apart, connect, parse_split
 from clipscale.cli import _is_override
@@ -221,6 +222,32 @@ def test_the_next_command_names_what_is_there(source: Path, tmp_path: Path, caps
     told = capsys.readouterr().out
     assert named(told) == [path.name for path in sorted(output.glob("train-*.tar"))] and "val-000000.tar" in told
     assert "data.caption_key=json:captions" in told
+
+
+def test_no_training_is_told_of_where_there_is_nothing_to_train_on(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(source, tmp_path / "out", split="0/1")
+    told = capsys.readouterr().out
+    assert "clipscale data index" in told and "clipscale train" not in told
+
+
+def test_shards_from_elsewhere_are_not_written_over(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "train-000007.tar").write_bytes(b"theirs")
+    with pytest.raises(ConfigError, match="holds shards that this command did not write"):
+        run(source, output)
+    assert [path.name for path in output.iterdir()] == ["train-000007.tar"]
+
+
+def test_a_shard_that_is_gone_is_told(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(source, tmp_path / "out")
+    (tmp_path / "out" / "train-000001.tar").unlink()
+    capsys.readouterr()
+    with pytest.raises(DataError, match=r"1 of \d shards that were written are gone, first .*/train-000001.tar"):
+        run(source, tmp_path / "out")
+    assert "next:" not in capsys.readouterr().out
 
 
 def test_the_same_source_makes_the_same_bytes(source: Path, tmp_path: Path) -> None:
@@ -573,7 +600,7 @@ def test_shares() -> None:
     ],
 )
 def test_patterns(names: list[str], expected: str) -> None:
-    assert pattern(names) == expected
+    assert brace_pattern(names) == expected
     assert [name for part in expected.split("::") for name in braceexpand(part)] == names
 
 

@@ -187,6 +187,28 @@ def test_mistakes(tmp_path: Path) -> None:
         stats(path, tmp_path / "file", [], jobs=1)
 
 
+def test_a_table_is_one_shard(tmp_path: Path) -> None:
+    """Though training takes it in parts."""
+    (tmp_path / "a.png").write_bytes(picture(32, 32))
+    table = tmp_path / "table.csv"
+    table.write_text("filepath,caption\n" + "".join(f"a.png,a picture {number}\n" for number in range(100)))
+    stats(str(table), tmp_path / "out", [], jobs=1)
+    document = found(tmp_path / "out")
+    assert document["samples"] == 100 and document["bytes"] == table.stat().st_size
+    assert document["shards"]["count"] == 1 and document["shards"]["samples_per_shard"]["max"] == 100
+
+
+def test_the_first_node_alone_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_shards(tmp_path, [4])[0]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        stats(str(path), tmp_path / "out", [], jobs=1, as_json=True)
+        assert (tmp_path / "out" / "index.html").exists() == bool(capsys.readouterr().out) == (rank == "0")
+
+
 def test_json_is_the_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(write_shards(tmp_path, [3])[0])
     stats(path, tmp_path / "out", [], jobs=1, as_json=True)

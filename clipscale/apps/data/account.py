@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import rich.console
 import rich.table
 
-from clipscale.apps.data.jobs import MARKERS, share
+from clipscale.apps.data.jobs import MARKERS, share, whole_text
 from clipscale.apps.data.shards import named_shards
 from clipscale.config import Config
 from clipscale.data.io import ELSEWHERE
@@ -58,19 +56,14 @@ class Account:
                 f"{self.read:,} samples were read, {self.kept:,} kept and {self.dropped.total():,} dropped: they do "
                 f"not add up; delete {output} and begin anew"
             )
-        gone = [name for name in self.shards if not (output / name).is_file()]
-        if gone:
-            raise DataError(
-                f"{len(gone)} of {len(self.shards)} shards that were written are gone, first {output / gone[0]}; "
-                f"delete {output} and begin anew"
-            )
+        refuse_gone(output, self.shards)
         if share()[0]:
             return
         told = {
             "tool": tool, "read": self.read, "kept": self.kept, "dropped": dict(self.dropped.most_common()),
             "damaged_shards": self.damaged, "shards": self.shards,
         }  # fmt: skip
-        with scratch_file(output / "account.json") as out:
+        with whole_text(output / "account.json") as out:
             out.write(json.dumps(told, indent=1) + "\n")
         self._print(following)
 
@@ -102,9 +95,24 @@ def open_shards(
     local = [file.location for file in files if not file.location.startswith(ELSEWHERE)]
     if any(Path(location).resolve().parent == here for location in local):
         raise ConfigError(f"{output} holds the shards that are read; choose another directory")
-    if writes and output.is_dir() and not (output / MARKERS / tool).is_dir() and any(output.glob("*.tar")):
-        raise ConfigError(f"{output} holds shards that this command did not write; choose another directory")
+    if writes:
+        refuse_foreign(output, tool)
     return files, config
+
+
+def refuse_foreign(output: Path, tool: str) -> None:
+    """Raise ConfigError when ``output`` holds shards that this tool did not write."""
+    if output.is_dir() and not (output / MARKERS / tool).is_dir() and any(output.glob("*.tar")):
+        raise ConfigError(f"{output} holds shards that this command did not write; choose another directory")
+
+
+def refuse_gone(output: Path, shards: Collection[str]) -> None:
+    """Raise DataError when a shard that was written is gone."""
+    if gone := [name for name in shards if not (output / name).is_file()]:
+        raise DataError(
+            f"{len(gone)} of {len(shards)} shards that were written are gone, first {output / gone[0]}; "
+            f"delete {output} and begin anew"
+        )
 
 
 def at_least(option: str, value: int, least: int) -> None:
@@ -120,11 +128,17 @@ def output_names(files: Sequence[ShardFile]) -> list[str]:
     return [f"{i:06d}-{name}" if name in twice else name for i, name in enumerate(plain)]
 
 
-def train_command(output: Path, names: Sequence[str], overrides: Sequence[str]) -> str:
-    """The command that trains on shards in ``output``."""
+def train_command(root: Path, splits: Mapping[str, Iterable[str]], overrides: Sequence[str]) -> str:
+    """The command that trains on shards in ``root``, named by split, with the keys that say what a sample is."""
     keys = [change for change in overrides if change.startswith(("data.caption_key=", "data.image_keys="))]
-    words = ["data=shards", f"data.root={output}", f"data.train.shards={brace_pattern(names)}", *keys]
-    return "clipscale train " + " ".join(shlex.quote(word) for word in words)
+    named = [f"data.{name}.shards={brace_pattern(splits[name])}" for name in ("train", "val") if name in splits]
+    return shlex.join(["clipscale", "train", "data=shards", root_override(root), *named, *keys])
+
+
+def root_override(root: Path) -> str:
+    """``data.root`` as the overrides' grammar takes it."""
+    text = str(root.resolve())
+    return "data.root=" + (text if re.fullmatch(r"[\w./~+-]+", text) else "'" + text.replace("'", "\\'") + "'")
 
 
 def brace_pattern(names: Iterable[str]) -> str:
@@ -144,18 +158,3 @@ def brace_pattern(names: Iterable[str]) -> str:
         else:
             patterns.append(f"{first[1]}{{{first[2]}..{last[2]}}}{first[3]}")
     return "::".join(patterns)
-
-
-@contextmanager
-def scratch_file(path: Path) -> Iterator[TextIO]:
-    """A text file that is there whole or not at all. Names that are no UTF-8 keep their bytes."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with scratch.open("w", encoding="utf-8", errors="surrogateescape", newline="") as out:
-            yield out
-        scratch.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)

@@ -21,9 +21,9 @@ import rich.markup
 import rich.table
 from numpy.typing import NDArray
 
-from clipscale.apps.data.account import Account, at_least, open_shards, scratch_file, train_command
+from clipscale.apps.data.account import Account, at_least, open_shards, train_command
 from clipscale.apps.data.concepts import read_concepts
-from clipscale.apps.data.jobs import MARKERS, Jobs, share
+from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole, whole_text
 from clipscale.apps.data.reshard import Piece, plan_groups, write_groups
 from clipscale.apps.data.shards import all_samples, identity
 from clipscale.config.data import Data
@@ -125,7 +125,7 @@ def balance(
     account.dropped = +account.dropped
     if not share()[0]:
         _report(output / "concepts.csv", limits, matches, account)
-    account.close(output, "balance", train_command(output, list(account.shards), overrides))
+    account.close(output, "balance", train_command(output, {"train": account.shards}, overrides))
     return account
 
 
@@ -145,11 +145,11 @@ def match_concepts(task: MatchTask) -> dict[str, Any]:
         drawn = mix(task.seed, task.number, place)
         pairs += [(names.setdefault(name, len(names)), place, drawn) for name in found]
     concept, place_of, hashes = zip(*pairs, strict=True) if pairs else ((), (), ())
-    task.matches.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        task.matches, names=_as_array(list(names)), concept=np.array(concept, np.int64),
-        sample=np.array(place_of, np.int64), hash=np.array(hashes, np.uint64),
-    )  # fmt: skip
+    with whole(task.matches) as out:
+        np.savez(
+            out, names=_as_array(list(names)), concept=np.array(concept, np.int64),
+            sample=np.array(place_of, np.int64), hash=np.array(hashes, np.uint64),
+        )  # fmt: skip
     return {"read": read, "dropped": dropped, "damage": task.file.summary.damage}
 
 
@@ -210,7 +210,8 @@ def find_limits(task: LimitTask) -> None:
         settled = unsettled & ((left == counted[rows, digit]) | (shift == 0))
         limits[over[settled]] = (prefix[settled] + np.uint64(1) << np.uint64(shift)) - np.uint64(1)
         unsettled &= ~settled
-    np.savez(task.path, names=_as_array(list(index)), before=before, limits=limits)
+    with whole(task.path) as out:
+        np.savez(out, names=_as_array(list(index)), before=before, limits=limits)
 
 
 def _of_the_unsettled(
@@ -230,7 +231,8 @@ def draw(task: DrawTask) -> dict[str, int]:
     found = load_matches(task.matches)
     index, _, limits = _load_limits(task.limits)
     kept = np.unique(found.sample[found.hash <= limits[_ids(found, index)]])
-    np.save(_kept(task.matches), kept)
+    with whole(_kept(task.matches)) as out:
+        np.save(out, kept)
     return {"kept": len(kept), "over": len(np.unique(found.sample)) - len(kept)}
 
 
@@ -272,7 +274,7 @@ def _report(path: Path, limits: Path, matches: Sequence[Path], account: Account)
     names = list(index)
     order = sorted(range(len(names)), key=lambda i: (-before[i], names[i]))
     rows = [(names[i], int(before[i]), int(after[i])) for i in order]
-    with scratch_file(path) as out:
+    with whole_text(path) as out:
         csv.writer(out, lineterminator="\n").writerows([("concept", "before", "after"), *rows])
     met = [row for row in rows if row[1]]
     table = rich.table.Table("concept", "before", "after")

@@ -7,23 +7,23 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from clipscale.apps.data.check_report import Report, print_report
 from clipscale.apps.data.examine import examine, labels, own_key, shown
-from clipscale.apps.data.jobs import MARKERS, Jobs
+from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole, whole_text
 from clipscale.apps.data.repeats import find_repeats, save_hashes, within
-from clipscale.apps.data.shards import all_samples, digest, identity, named_shards
+from clipscale.apps.data.shards import all_samples, declared_shards, digest, identity
 from clipscale.apps.data.summaries import Top
 from clipscale.config.data import Data
 from clipscale.data.index import Declared
 from clipscale.data.manifest import ShardFile
 from clipscale.data.samples import BadSample, Member
 from clipscale.data.stream import read_samples
-from clipscale.errors import ConfigError, DataError, ExitCode
+from clipscale.errors import DataError, ExitCode
 
 SMALLEST = 16  # pixels; images below are mostly tracking pixels and icons
 WIDEST = 20  # longer side over the shorter one
@@ -60,7 +60,7 @@ def check(
 
     Returns the exit code: 4 when training on these shards would stop, else 0. Raises ConfigError and DataError.
     """
-    files, config = named_shards(shards, overrides)
+    files, config = declared_shards(shards, overrides)
     data = config.data
     entries = [file.declared for file in files]
     files = [replace(file, declared=None) for file in files]  # what they hold is found out anew
@@ -79,16 +79,12 @@ def check(
         [task.label for task in tasks], list(results.values()), repeats, data.max_bad_fraction,
         _frequent(task.part("captions.json") for task in tasks), [_example(tasks, pair) for pair in repeats.examples],
     )  # fmt: skip
-    try:
-        for name in ("bad_samples.csv", "warnings.csv"):
-            _join(output / name, [task.part(name) for task in tasks])
-        (output / "report.json").write_text(json.dumps(report.document, indent=1))
-    except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
-    if as_json:
-        print(json.dumps(report.document))
-    else:
-        print_report(report.document, output)
+    if not share()[0]:
+        _write(output, report.document, tasks)
+        if as_json:
+            print(json.dumps(report.document))
+        else:
+            print_report(report.document, output)
     return ExitCode.DONE if report.document["passed"] else ExitCode.DATA_BUDGET
 
 
@@ -103,11 +99,14 @@ class _Found:
     captions: Top = field(default_factory=lambda: Top(FREQUENT))
     held: Top = field(default_factory=lambda: Top(5))  # members of samples that lack one
 
-    def add(self, sample: Member, data: Data) -> None:
-        """Look at one sample."""
+    def add(self, sample: Member, data: Data, beyond: bool) -> None:
+        """Look at one sample; ``beyond`` what a hint says that there is, training takes none."""
         key = own_key(sample)
         self.samples += 1
         self.keys.append(key)
+        if beyond:
+            self.bad.append((key, "beyond_count"))
+            return
         try:
             captions, image = examine(sample, data)
         except BadSample as error:
@@ -122,27 +121,30 @@ class _Found:
 
 def _check_shard(task: _Task) -> dict[str, Any]:
     found, damage, unreadable, expected = _Found(), "", "", 0
-    mismatches: list[str] = []
+    declared, mismatches = task.declared, list[str]()
+    hinted = declared is not None and declared.places is None
     try:
-        if task.declared:
-            mismatches = differences(task.file, task.declared)
+        if declared:
+            mismatches = differences(task.file, declared)
         expected, _, damage = task.file.summary
-        for sample in all_samples(task.file):
-            found.add(sample, task.data)
+        for number, sample in enumerate(all_samples(task.file)):
+            found.add(sample, task.data, declared is not None and hinted and number >= declared.samples)
     except DataError as error:
         unreadable = str(error)
-    if task.declared:
-        expected = max(expected, task.declared.samples)
+    if declared:
+        expected = max(expected, declared.samples)
     reasons = Counter(reason for _, reason in found.bad)
     if expected > found.samples:
-        reasons["lost_with_the_archive"] = expected - found.samples
+        reasons["missing" if hinted else "lost_with_the_archive"] = expected - found.samples
     save_hashes(task.part("keys.npy"), found.keys)
     _save_rows(task.part("bad_samples.csv"), task.label, found.bad)
     _save_rows(task.part("warnings.csv"), task.label, found.warnings)
-    task.part("captions.json").write_text(json.dumps(found.captions.to_json()))
+    with whole_text(task.part("captions.json")) as out:
+        out.write(json.dumps(found.captions.to_json()))
     return {
         "samples": max(expected, found.samples), "reasons": reasons, "damage": damage, "unreadable": unreadable,
-        "mismatches": mismatches, "warnings": Counter(warning for _, warning in found.warnings),
+        "mismatches": [] if hinted else mismatches, "hints": mismatches if hinted else [],
+        "warnings": Counter(warning for _, warning in found.warnings),
         "duplicate_keys": within(task.part("keys.npy")), "held": dict(found.held.counts),
     }  # fmt: skip
 
@@ -175,6 +177,7 @@ def _was_utf8(run: str) -> bool:
 
 def differences(file: ShardFile, declared: Declared) -> list[str]:
     """How a shard differs from what is declared of it; the checksum is taken where the size agrees."""
+    said = "its index says" if declared.places else "sizes.json or its _stats.json says"
     size = file.store.version(file.location).size
     if declared.size not in (None, size):
         return [f"holds {size:,} bytes, its index says {declared.size:,}"]
@@ -182,7 +185,7 @@ def differences(file: ShardFile, declared: Declared) -> list[str]:
     if declared.sha256 and digest(file)[1] != declared.sha256:
         found.append("its sha256 is not the one of its index: bytes in it changed")
     if file.summary.samples != declared.samples:
-        found.append(f"holds {file.summary.samples:,} samples, its index says {declared.samples:,}")
+        found.append(f"holds {file.summary.samples:,} samples, {said} {declared.samples:,}")
     return found
 
 
@@ -211,19 +214,16 @@ def _frequent(paths: Iterable[Path]) -> Top:
 
 
 def _save_rows(path: Path, label: str, rows: Iterable[tuple[str, str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        csv.writer(file).writerows((label, key, reason) for key, reason in rows)
+    with whole_text(path) as out:
+        csv.writer(out).writerows((label, key, reason) for key, reason in rows)
 
 
-def _join(path: Path, parts: Sequence[Path]) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")
-    with scratch.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerow(("shard", "key", "reason"))
-        for part in parts:
-            _append(part, file)
-    scratch.replace(path)
-
-
-def _append(part: Path, file: TextIO) -> None:
-    with part.open(newline="", encoding="utf-8") as rows:
-        shutil.copyfileobj(rows, file)
+def _write(output: Path, document: Mapping[str, Any], tasks: Sequence[_Task]) -> None:
+    for name in ("bad_samples.csv", "warnings.csv"):
+        with whole(output / name) as out:
+            out.write(b"shard,key,reason\r\n")
+            for task in tasks:
+                with task.part(name).open("rb") as rows:
+                    shutil.copyfileobj(rows, out)
+    with whole_text(output / "report.json") as report:
+        report.write(json.dumps(document, indent=1))

@@ -41,16 +41,16 @@ class Report:
             held.counts.update(result["held"])
         samples, lost = sum(result["samples"] for result in results), bad.counts.total()
         named = {kind: {label: result[kind] for label, result in zip(labels, results, strict=True) if result[kind]}
-                 for kind in ("damage", "unreadable", "mismatches")}  # fmt: skip
+                 for kind in ("damage", "unreadable", "mismatches", "hints")}  # fmt: skip
         fatal = over_budget(lost, samples - lost, limit, True) or lost == samples
         inside = sum(result["duplicate_keys"] for result in results)
         return cls({
-            "shards": len(labels), "samples": samples, "usable": samples - lost, "bad": lost,
+            "shards": len(set(labels)), "samples": samples, "usable": samples - lost, "bad": lost,
             "bad_fraction": lost / samples if samples else 0.0, "max_bad_fraction": limit,
             "passed": not (fatal or named["unreadable"] or named["mismatches"]),
             "reasons": _by_reason(bad), "members_of_incomplete_samples": dict(held.best(5)),
             "unreadable_shards": named["unreadable"], "damaged_shards": named["damage"],
-            "not_as_indexed": named["mismatches"], "warnings": _by_reason(warned),
+            "not_as_indexed": named["mismatches"], "not_as_hinted": named["hints"], "warnings": _by_reason(warned),
             "duplicate_keys": {"within_a_shard": inside, "across_shards": keys.extra - inside, "examples": examples},
             "repeated_captions": [
                 {"caption": caption, "samples": count, "fraction": count / samples}
@@ -79,7 +79,7 @@ def print_report(report: Mapping[str, Any], output: Path) -> None:
         found = (f"{shown(members, 200)} in {count:,}" for members, count in held.items())
         console.print(f"what incomplete samples do hold: {escape('; '.join(found))}", soft_wrap=True)
     for title, key in (("cannot be read", "unreadable_shards"), ("is not as indexed", "not_as_indexed"),
-                       ("is damaged", "damaged_shards")):  # fmt: skip
+                       ("has a wrong count beside it", "not_as_hinted"), ("is damaged", "damaged_shards")):  # fmt: skip
         _print_shards(console, title, report[key])
     for repeated in report["repeated_captions"]:
         console.print(f"one caption in {repeated['samples']:,} samples ({repeated['fraction']:.1%}): "

@@ -14,8 +14,8 @@ import numpy as np
 import rich.console
 import rich.table
 
-from clipscale.apps.data.account import Account, open_shards, scratch_file
-from clipscale.apps.data.jobs import MARKERS, Jobs, share
+from clipscale.apps.data.account import Account, open_shards
+from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole_text
 from clipscale.apps.data.likeness import LookTask, Pictures, alike, load_pictures, look
 from clipscale.apps.data.shards import all_samples, identity, named_shards
 from clipscale.apps.data.sheet import MOST_PAIRS, Pair, Place, write_sheet
@@ -69,7 +69,7 @@ def contamination(
         _write(output, _Found(files, held_out, evaluation, pictures, captions), data)
         numbers = _summary(output, judged.kept, looked_at, judged, pictures, captions)
         told = {"tool": "contamination", "train": _told(looked_at), "evaluation": _told(judged), **numbers}
-        with scratch_file(output / "account.json") as out:
+        with whole_text(output / "account.json") as out:
             out.write(json.dumps(told, indent=1) + "\n")
         again = [
             "clipscale",
@@ -166,11 +166,11 @@ def _write(output: Path, found: _Found, data: Data) -> None:
         places += [Place(file, number) for number in part.places.tolist()]
         keys += [f"{file.name}/{key}" for key in part.keys]
     for name, wanted in (("contaminated.txt", True), ("clean.txt", False)):
-        with scratch_file(output / name) as out:
+        with whole_text(output / name) as out:
             out.writelines(f"{key}\n" for i, key in enumerate(keys) if (i in found.pictures) is wanted)
     sources = {(match.shard, match.place) for match in found.pictures.values()} | {*found.captions.values()}
     named = _keys_of(found.train, sources)
-    with scratch_file(output / "contamination.csv") as out:
+    with whole_text(output / "contamination.csv") as out:
         rows = csv.writer(out, lineterminator="\n")
         rows.writerow(["key", "train_key", "kind", "distance"])
         for i, key in enumerate(keys):

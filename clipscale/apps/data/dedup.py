@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipscale.apps.data.account import Account, open_shards, output_names, scratch_file, train_command
+from clipscale.apps.data.account import Account, open_shards, output_names, train_command
 from clipscale.apps.data.contamination import contamination
-from clipscale.apps.data.jobs import MARKERS, Jobs, share
+from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole, whole_text
 from clipscale.apps.data.likeness import LookTask, first_of_each, joined, load_pictures, look
 from clipscale.apps.data.reshard import Group, Piece, write_group
 from clipscale.apps.data.shards import identity
@@ -79,7 +79,7 @@ def dedup(
     account.shards = {name: result["kept"] for name, result in work.run("write", write_group, groups).items()}
     if not share()[0]:
         _report(output, files, task, account, data)
-    account.close(output, "dedup", train_command(output, names, overrides))
+    account.close(output, "dedup", train_command(output, {"train": names}, overrides))
     return account
 
 
@@ -89,13 +89,14 @@ def cluster(task: ClusterTask) -> dict[str, Any]:
     cells = np.concatenate([load_pictures(path).cells for path in task.pictures])
     first = first_of_each(exact, hashes, cells, task.distance)
     kept = first == np.arange(len(first))
-    task.kept.mkdir(parents=True, exist_ok=True)
     for i, path in enumerate(task.pictures):
-        np.save(task.kept / f"{i:06d}.npy", load_pictures(path).places[kept[starts[i] : starts[i + 1]]])
+        with whole(task.kept / f"{i:06d}.npy") as out:
+            np.save(out, load_pictures(path).places[kept[starts[i] : starts[i + 1]]])
     others = np.flatnonzero(~kept)
     same = (exact[others] == exact[first[others]]).all(axis=1)
     apart = np.bitwise_count(hashes[others] ^ hashes[first[others]])
-    np.save(task.kept / "pairs.npy", np.stack([first[others], others, same, apart], axis=1).astype(np.int64))
+    with whole(task.kept / "pairs.npy") as out:
+        np.save(out, np.stack([first[others], others, same, apart], axis=1).astype(np.int64))
     counts = {"exact_duplicate": int(same.sum()), "near_duplicate": int((~same).sum())}
     return {
         "dropped": {reason: count for reason, count in counts.items() if count},
@@ -116,7 +117,7 @@ def _report(output: Path, files: Sequence[ShardFile], task: ClusterTask, account
     def rows() -> Iterator[tuple[str, str, str, int]]:
         yield from ((keys[b], keys[a], "exact" if same else "near", apart) for a, b, same, apart in pairs)
 
-    with scratch_file(output / "duplicates.csv") as out:
+    with whole_text(output / "duplicates.csv") as out:
         csv.writer(out, lineterminator="\n").writerows([("key", "kept", "kind", "distance"), *rows()])
     near = sorted((pair for pair in pairs if not pair[2]), key=lambda pair: -pair[3])[:MOST_PAIRS]
     told = f"{len(near):,} of {account.dropped['near_duplicate']:,} near duplicates, the least alike first"

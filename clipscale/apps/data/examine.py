@@ -27,13 +27,16 @@ def own_key(sample: Member) -> str:
     return sample.key.partition("/")[2]
 
 
+def address(file: ShardFile) -> str:
+    """Where a shard lies, without the signature of a URL."""
+    return file.location.partition("?")[0] if file.location.startswith("http") else file.location
+
+
 def labels(files: Sequence[ShardFile]) -> list[str]:
     """What to call shards: their names, or their locations where two have one name; no signature of a URL."""
-    locations = [
-        file.location.partition("?")[0] if file.location.startswith("http") else file.location for file in files
-    ]
+    locations = [address(file) for file in files]
     names = [location.rpartition("/")[2] for location in locations]
-    counts = Counter(names)
+    counts = Counter(location.rpartition("/")[2] for location in {*locations})  # a table comes in parts, of one file
     return [name if counts[name] == 1 else location for name, location in zip(names, locations, strict=True)]
 
 

@@ -10,7 +10,7 @@ import json
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from clipscale.apps.data.account import Account, open_shards, output_names, train_command
+from clipscale.apps.data.examine import address, own_key
 from clipscale.apps.data.jobs import Jobs
 from clipscale.apps.data.score import read_scores, score_shards
 from clipscale.apps.data.shards import all_samples, distinct, identity, write_shard
@@ -82,6 +83,7 @@ def filter_shards(
     options = {
         "shards": identity(files), "where": where, "keep": _version(keep), "drop": _version(drop), "model": model,
         "min_score": min_score, "caption_key": config.data.caption_key, "image_keys": config.data.image_keys,
+        "max_pixels": config.data.max_pixels,
     }  # fmt: skip
     names = output_names(files)
     tasks = {
@@ -99,7 +101,7 @@ def filter_shards(
     for option, count in listed.items():
         if not met[option]:
             print(f"warning: none of the {count:,} keys of {option} is in these shards", file=sys.stderr)
-    account.close(output, "filter", train_command(output, names, overrides))
+    account.close(output, "filter", train_command(output, {"train": names}, overrides))
     return account
 
 
@@ -122,11 +124,11 @@ def filter_shard(task: FilterTask) -> dict[str, Any]:
     def judge(sample: Member, score: tuple[str, str] | None) -> None:
         if sample.problem:
             raise BadSample(sample.problem)
-        if task.drop and _listed(sample, task.drop):
+        if task.drop and _listed(sample, task.file, task.drop):
             met["--drop"] += 1
             raise BadSample("in_drop")
         if task.keep:
-            if not _listed(sample, task.keep):
+            if not _listed(sample, task.file, task.keep):
                 raise BadSample("not_in_keep")
             met["--keep"] += 1
         if condition is not None and not holds(condition, Fields(sample, task.data)):
@@ -197,16 +199,16 @@ def _condition(where: str) -> Any:
 
 @cache
 def read_keys(path: Path) -> frozenset[str]:
-    """Sample keys, as ``shard/key`` or ``key``: a line each, or the ``key`` of a .csv or .jsonl file.
+    """Sample keys, as ``shard/key`` or ``key``: a line each, or of a .csv or .jsonl file the ``shard`` and the ``key``.
 
     Raises ConfigError when the file cannot be read or holds no key.
     """
     try:
         with path.expanduser().open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
             if path.suffix == ".csv":
-                keys = frozenset(row["key"] for row in csv.DictReader(lines))
+                keys = frozenset(map(_row_key, csv.DictReader(lines)))
             elif path.suffix == ".jsonl":
-                keys = frozenset(str(json.loads(line)["key"]) for line in lines if line.strip())
+                keys = frozenset(_row_key(json.loads(line)) for line in lines if line.strip())
             else:
                 keys = frozenset(line.strip() for line in lines)
     except OSError as error:
@@ -220,9 +222,14 @@ def read_keys(path: Path) -> frozenset[str]:
     return keys - {""}
 
 
-def _listed(sample: Member, path: Path) -> bool:
-    keys = read_keys(path)
-    return sample.key in keys or sample.key.partition("/")[2] in keys
+def _row_key(row: Mapping[str, Any]) -> str:
+    key = str(row["key"])
+    return f"{row['shard']}/{key}" if row.get("shard") else key
+
+
+def _listed(sample: Member, file: ShardFile, path: Path) -> bool:
+    key = own_key(sample)
+    return not read_keys(path).isdisjoint((sample.key, key, f"{address(file)}/{key}"))
 
 
 def _version(path: Path | None) -> str | None:

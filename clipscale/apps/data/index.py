@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipscale.apps.data.jobs import Jobs, scratch_beside, share
+from clipscale.apps.data.jobs import Jobs, share, whole
 from clipscale.apps.data.shards import digest, identity, named_shards
 from clipscale.data.index import FORMAT, INDEX, OFFSETS, SIZES, cache_dir, indexed_name, pack_offsets, sample_key, walk
 from clipscale.data.io import PIPE, ShardStore, parent, resolve
@@ -71,10 +71,8 @@ def _index(task: _Task) -> dict[str, Any]:
         elif not set(suffixes) & set(task.image_keys):
             bad["no_image"].append(key)
     size, sha256 = digest(file)
-    task.offsets.parent.mkdir(parents=True, exist_ok=True)
-    scratch = scratch_beside(task.offsets)
-    scratch.write_bytes(pack_offsets(found.offsets))
-    scratch.replace(task.offsets)
+    with whole(task.offsets) as out:
+        out.write(pack_offsets(found.offsets))
     return {
         "samples": found.samples, "bytes": size, "tag": found.version.tag, "sha256": sha256, "damage": found.damage,
         "bad": bad,

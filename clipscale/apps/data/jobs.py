@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -14,12 +16,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,6 +30,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from clipscale.errors import ClipscaleError, ConfigError, DataError
 
 MARKERS = ".clipscale"  # directory of an output that says what is done
+
+LONGEST = 100  # characters of a task's name that stand in a file's
 
 T = TypeVar("T")
 Todo = Iterator[tuple[T, Path]]  # tasks, each with the file that says that it is done
@@ -104,7 +109,7 @@ class Jobs:
         mapping only when their turn comes. Raises ClipscaleError from a task.
         """
         self._claim()
-        _sweep(self.output)
+        _sweep(self.output, self.tool)
         number, nodes = share()
         names = list(tasks)
         others = [name for i, name in enumerate(names) if i % nodes != number]
@@ -119,6 +124,14 @@ class Jobs:
                 print("stopped; the same command goes on from here", file=sys.stderr)
                 raise
         return {name: json.loads(markers[name].read_text()) for name in names}
+
+    def leave(self, directory: Path) -> None:
+        """Remove what was kept of the work on the way, unless another node may still be at it: the last one does."""
+        number, nodes = share()
+        left = self.output / MARKERS / self.tool / "left"
+        _write(left / str(number), None)
+        if all((left / str(node)).is_file() for node in range(nodes)):
+            shutil.rmtree(directory, ignore_errors=True)
 
     def _claim(self) -> None:
         wanted = json.loads(json.dumps(dict(self.options), default=str))
@@ -138,8 +151,8 @@ class Jobs:
 
     def _marker(self, step: str, name: str) -> Path:
         plain = re.sub(r"[^\w.-]", "_", name)
-        if plain != name:  # or two names could become one
-            plain += f".{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        if plain != name or len(name) > LONGEST:  # or two names could become one
+            plain = f"{plain[-LONGEST:]}.{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
         return self.output / MARKERS / self.tool / step / f"{plain}.json"
 
     def _through(self, work: Callable[[T], Any], todo: Todo[T], left: int) -> Iterator[None]:
@@ -160,7 +173,13 @@ def _cores() -> int:
 
 
 def _finish(work: Callable[[T], Any], task: T, marker: Path) -> None:
-    _write(marker, work(task))  # by the one who did it: it counts even if whoever asked for it is gone
+    try:
+        result = work(task)
+    except Exception:
+        if not marker.is_file():
+            raise
+        return  # another node did it meanwhile, went on, and removed what it was made of
+    _write(marker, result)  # by the one who did it: it counts even if whoever asked for it is gone
 
 
 def _side_by_side(work: Callable[[T], Any], todo: Todo[T], workers: int) -> Iterator[None]:
@@ -243,24 +262,40 @@ class _Bar:
 
 
 def _write(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all. Raises DataError where it cannot be written."""
-    scratch = scratch_beside(path)
+    with whole(path) as out:
+        out.write(json.dumps(value).encode())
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that is there whole or not at all, whoever else writes it at the same time.
+
+    Raises DataError where it cannot be written.
+    """
+    scratch = path.with_name(f".{path.name[-100:]}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(value))
+        with scratch.open("wb") as out:
+            yield out
         scratch.replace(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from None
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
-def scratch_beside(path: Path) -> Path:
-    """Where a file is written before it takes its name, so that it is there whole or not at all."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+@contextmanager
+def whole_text(path: Path) -> Iterator[TextIO]:
+    """The same for text. Names that are no UTF-8 keep their bytes."""
+    with whole(path) as raw, io.TextIOWrapper(raw, "utf-8", "surrogateescape", newline="") as out:
+        yield out
 
 
-def _sweep(directory: Path) -> None:
+def _sweep(output: Path, tool: str) -> None:
     """Remove what processes of this machine had half written when they were killed."""
-    for scratch in directory.glob(f".*.{socket.gethostname()}.*.tmp"):
+    pattern = f".*.{socket.gethostname()}.*.tmp"
+    for scratch in (*output.glob(pattern), *(output / MARKERS / tool).rglob(pattern)):
         process = scratch.suffixes[-2].removeprefix(".")
         if process.isdigit() and not _runs(int(process)):
             scratch.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from clipscale.apps.data.jobs import whole
 from clipscale.apps.data.shards import all_samples
 from clipscale.config.data import Data
 from clipscale.data.manifest import ShardFile
@@ -87,14 +88,14 @@ def look(task: LookTask) -> dict[str, Any]:
         exact.append(hashlib.sha256(data).digest()[:16])
         hashes.append(value)
         cells.append(small)
-    task.path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        task.path, keys=np.frombuffer(json.dumps(keys).encode(), np.uint8), places=np.array(places, np.int64),
-        exact=np.frombuffer(b"".join(exact), np.uint64).reshape(-1, 2), hash=np.array(hashes, np.uint64),
-        cells=np.array(cells, np.uint8).reshape(-1, 3 * CELLS**2),
-        captions=np.array([caption for caption, _ in captions], np.uint64),
-        caption_of=np.array([owner for _, owner in captions], np.int64),
-    )  # fmt: skip
+    with whole(task.path) as out:
+        np.savez(
+            out, keys=np.frombuffer(json.dumps(keys).encode(), np.uint8), places=np.array(places, np.int64),
+            exact=np.frombuffer(b"".join(exact), np.uint64).reshape(-1, 2), hash=np.array(hashes, np.uint64),
+            cells=np.array(cells, np.uint8).reshape(-1, 3 * CELLS**2),
+            captions=np.array([caption for caption, _ in captions], np.uint64),
+            caption_of=np.array([owner for _, owner in captions], np.int64),
+        )  # fmt: skip
     return {"read": read, "kept": len(keys), "dropped": dropped, "damage": task.file.summary.damage}
 
 

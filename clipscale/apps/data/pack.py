@@ -18,7 +18,8 @@ import rich.console
 from numpy.typing import NDArray
 from rich.table import Table
 
-from clipscale.apps.data.jobs import Jobs, Tasks, scratch_beside
+from clipscale.apps.data.account import brace_pattern, refuse_foreign, refuse_gone, root_override, train_command
+from clipscale.apps.data.jobs import Jobs, Tasks, whole_text
 from clipscale.apps.data.packing import (
     FORMATTER,
     Sample,
@@ -86,6 +87,7 @@ def pack(
     if ready := _ready(source):
         _tell_ready(source, ready)
         return
+    refuse_foreign(output, "pack")
     fields = _template_fields(caption_template) if caption_template is not None else []
     table = read_source(source, images, image_column, caption_column, with_captions=caption_template is None)
     _check_columns(table, [*fields, *([group_by] if group_by else [])])
@@ -224,13 +226,15 @@ def _task(output: Path, rows: Rows, plan: Plan, names: Sequence[str], number: in
 
 
 def _finish(output: Path, settings: Settings, shares: Mapping[str, float], results: Mapping[str, Any]) -> None:
-    """Check that nothing is in two splits, list what was skipped, and tell what was made."""
+    """Check that no shard is gone and nothing in two splits, list what was skipped, and tell what was made."""
+    refuse_gone(output, results)
     by_split = {name: [r for shard, r in results.items() if shard.startswith(f"{name}-")] for name in shares}
     for what, kind in (("groups", f"values of {settings.group_by}"), ("files", "image files")):
         check_apart({name: [h for r in made for h in r[what]] for name, made in by_split.items()}, kind)
     skipped = sorted(each for result in results.values() for each in result["skipped"])
     reasons = Counter(reason for _, _, reason in skipped)
-    _write_skipped(output / "skipped.csv", skipped)
+    with whole_text(output / "skipped.csv") as out:
+        csv.writer(out).writerows([("row", "path", "reason"), *skipped])
     if empty := [name for name, made in by_split.items() if not any(each["samples"] for each in made)]:
         told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
         raise DataError(f"no sample of {' and '.join(empty)} could be packed ({told}); see {output / 'skipped.csv'}")
@@ -248,18 +252,8 @@ def _finish(output: Path, settings: Settings, shares: Mapping[str, float], resul
         for reason, count in reasons.most_common():
             print(f"  {count:,} {reason}")
     several = any(each["captions"] > each["samples"] for each in results.values())
-    patterns = {name: pattern([s for s in results if s.startswith(f"{name}-")]) for name in shares}
-    _tell_next(output, patterns, ["data.caption_key=json:captions"] if several else [])
-
-
-def _write_skipped(path: Path, skipped: Sequence[Sequence[Any]]) -> None:
-    scratch = scratch_beside(path)
-    try:
-        with scratch.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([("row", "path", "reason"), *skipped])
-        scratch.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from None
+    splits = {name: [shard for shard in results if shard.startswith(f"{name}-")] for name in shares}
+    _tell_next(output, splits, ["data.caption_key=json:captions"] if several else [])
 
 
 def _ready(source: Path) -> list[str]:
@@ -272,43 +266,15 @@ def _tell_ready(source: Path, shards: Sequence[str]) -> None:
     under_way = [n for n in shards if re.fullmatch(r"\d+\.tar", n) and not (source / f"{n[:-4]}_stats.json").is_file()]
     if any(source.glob("*_stats.json")) and under_way:
         print(f"{len(under_way):,} of them have no _stats.json yet, first {under_way[0]}: is img2dataset still at it?")
-    _tell_next(source, {"train": pattern(shards)}, [])
+    _tell_next(source, {"train": shards}, [])
 
 
-def pattern(names: Sequence[str]) -> str:
-    """Sorted file names as brace patterns, ``::`` between them: ``train-{000000..000009}.tar``."""
-    runs: list[list[tuple[str, str, str]]] = []
-    for name in names:
-        match = re.fullmatch(r"(.*?)(\d*)(\.\w+)", name)
-        parts = (match[1], match[2], match[3]) if match else (name, "", "")
-        if runs and _follows(runs[-1][-1], parts):
-            runs[-1].append(parts)
-        else:
-            runs.append([parts])
-    texts = []
-    for run in runs:
-        stem, first, suffix = run[0]
-        number = first if len(run) == 1 else f"{{{first}..{run[-1][1]}}}"
-        texts.append(f"{stem}{number}{suffix}")
-    return "::".join(texts)
-
-
-def _follows(one: tuple[str, str, str], other: tuple[str, str, str]) -> bool:
-    same = one[0] == other[0] and one[2] == other[2] and len(one[1]) == len(other[1]) > 0
-    return same and int(other[1]) == int(one[1]) + 1
-
-
-def _tell_next(root: Path, patterns: Mapping[str, str], overrides: Sequence[str]) -> None:
-    place = f"data.root={_value(str(root.resolve()))}"
-    sets = [f"data.{name}.shards={patterns[name]}" for name in ("train", "val") if name in patterns]
+def _tell_next(root: Path, splits: Mapping[str, Sequence[str]], overrides: Sequence[str]) -> None:
+    shards = "::".join(map(brace_pattern, splits.values()))
     print("\nnext:")
-    print(" ", shlex.join(["clipscale", "data", "index", "::".join(patterns.values()), place]))
-    print(" ", shlex.join(["clipscale", "train", "data=shards", place, *sets, *overrides]))
-    if "test" in patterns:
-        test = shlex.join([place, f"data.val.shards={patterns['test']}", *overrides])
-        print(f"and when it is trained, clipscale eval RUN {test}")
-
-
-def _value(text: str) -> str:
-    """A value as the overrides' grammar takes it."""
-    return text if re.fullmatch(r"[\w./~+-]+", text) else "'" + text.replace("'", "\\'") + "'"
+    print(" ", shlex.join(["clipscale", "data", "index", shards, root_override(root)]))
+    if "train" in splits:
+        print(" ", train_command(root, splits, overrides))
+    if "test" in splits:
+        test = [root_override(root), f"data.val.shards={brace_pattern(splits['test'])}", *overrides]
+        print(f"and when it is trained, clipscale eval RUN {shlex.join(test)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from clipscale.apps.data.jobs import Jobs
+from clipscale.apps.data.jobs import Jobs, whole
 from clipscale.apps.data.summaries import hash64
 
 PER_TASK = 1 << 24  # hashes that are looked at together: 256 MiB with their places
@@ -39,11 +38,8 @@ def save_hashes(path: Path, values: Sequence[str]) -> None:
     """Keep a shard's values for :func:`find_repeats`: UInt64[2, N], hashes in order and where each stood."""
     hashes = np.array([hash64(value) for value in values], dtype=np.uint64)
     order = np.argsort(hashes, kind="stable")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with scratch.open("wb") as file:
-        np.save(file, np.stack([hashes[order], order.astype(np.uint64)]))
-    scratch.replace(path)
+    with whole(path) as out:
+        np.save(out, np.stack([hashes[order], order.astype(np.uint64)]))
 
 
 def within(path: Path) -> int:

@@ -69,7 +69,7 @@ def reshard(
         )
         sources = [Piece(file, 0, found["samples"]) for file, found in zip(files, counted.values(), strict=True)]
         write_groups(work, plan_groups(output, sources, shard_samples), account)
-    account.close(output, "reshard", train_command(output, list(account.shards), overrides))
+    account.close(output, "reshard", train_command(output, {"train": account.shards}, overrides))
     return account
 
 

@@ -17,10 +17,10 @@ import rich.table
 import torch
 from numpy.typing import NDArray
 
-from clipscale.apps.data.account import scratch_file
-from clipscale.apps.data.jobs import MARKERS, Jobs, share
+from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole_text
 from clipscale.apps.data.shards import all_samples, identity
 from clipscale.config.data import Data
+from clipscale.config.model import Vision
 from clipscale.data.manifest import ShardFile
 from clipscale.data.samples import BadSample, Member, decode_image, eval_crop, find_captions, find_image
 
@@ -49,7 +49,7 @@ def score_shards(files: Sequence[ShardFile], output: Path, run: Path, data: Data
     checkpoint, _ = find_checkpoint(run)
     options = {
         "shards": identity(files), "model": checkpoint.resolve(), "caption_key": data.caption_key,
-        "image_keys": data.image_keys,
+        "image_keys": data.image_keys, "max_pixels": data.max_pixels,
     }  # fmt: skip
     work = Jobs(output, "score", options, 1 if torch.cuda.is_available() else jobs, ray)
     place = output / MARKERS / "score" / "scores"
@@ -64,8 +64,7 @@ def score_shards(files: Sequence[ShardFile], output: Path, run: Path, data: Data
 def score_shard(task: ScoreTask) -> dict[str, Any]:
     """Write the rows ``key, score, reason`` of one shard; a sample without a score has the reason why."""
     scored = 0
-    task.path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_file(task.path) as out:
+    with whole_text(task.path) as out:
         for key, score, reason in _scores(task):
             csv.writer(out, lineterminator="\n").writerow([key, score, reason])
             scored += not reason
@@ -97,7 +96,7 @@ def _device() -> str:
 def _scores(task: ScoreTask) -> Iterator[tuple[str, str, str]]:
     device = _device()
     model, _, tokenizer = _model(task.checkpoint, device)
-    prepare = partial(_prepare, data=task.data, size=model.config.vision.image_size)
+    prepare = partial(_prepare, data=task.data, vision=model.config.vision)
     threads = len(os.sched_getaffinity(0)) if device != "cpu" else 1
     with ThreadPoolExecutor(threads) as pool, torch.inference_mode():
         incoming = all_samples(task.file)
@@ -110,13 +109,13 @@ def _scores(task: ScoreTask) -> Iterator[tuple[str, str, str]]:
                 yield sample.key, "" if reason else f"{next(values):.6f}", reason
 
 
-def _prepare(sample: Member, data: Data, size: int) -> tuple[torch.Tensor, list[str]] | str:
+def _prepare(sample: Member, data: Data, vision: Vision) -> tuple[torch.Tensor, list[str]] | str:
     """An image and its captions, or the reason why there is no such pair."""
     try:
         if sample.problem:
             raise BadSample(sample.problem)
         image = decode_image(find_image(sample, data.image_keys), data.max_pixels)
-        return eval_crop(image, size), find_captions(sample, data.caption_key)
+        return eval_crop(image, vision.image_size, vision.resize_mode), find_captions(sample, data.caption_key)
     except BadSample as error:
         return str(error)
 
@@ -139,7 +138,7 @@ def _cosines(model: Any, tokenizer: Any, pairs: Sequence[tuple[torch.Tensor, lis
 def _join(paths: Sequence[Path], path: Path) -> NDArray[np.int64]:
     """Write ``scores.csv`` of all shards; how many scores lie at each level."""
     counts = np.zeros(LEVELS + 1, np.int64)
-    with scratch_file(path) as out:
+    with whole_text(path) as out:
         out.write("key,score,reason\n")
         for part in paths:
             out.write(part.read_text(encoding="utf-8", errors="surrogateescape"))

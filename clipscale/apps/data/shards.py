@@ -8,19 +8,18 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-from clipscale.apps.data.jobs import scratch_beside
+from clipscale.apps.data.jobs import whole
 from clipscale.config import Config, validate
 from clipscale.config.compose import override
 from clipscale.data.io import REMOTE, ShardStore
 from clipscale.data.manifest import ShardFile, expand_shards
 from clipscale.data.samples import Member
 from clipscale.data.stream import read_samples
-from clipscale.errors import DataError, masked
+from clipscale.errors import masked
 
 KEYS = ("data.", "storage.", "tokenizer.", "model.")
 
@@ -28,15 +27,20 @@ KEYS = ("data.", "storage.", "tokenizer.", "model.")
 def named_shards(shards: str, overrides: Sequence[str], what: str = "SHARDS") -> tuple[list[ShardFile], Config]:
     """The shards that the argument ``what`` of a command names, and the configuration of its ``KEY=VALUE`` arguments.
 
-    Raises ConfigError for a key that is none, DataError for shards that are not there.
+    Nothing is taken on hearsay: a hint will do for training, which counts what it got wrong, but a tool has to see every
+    sample. Raises ConfigError for a key that is none, DataError for shards that are not there.
     """
+    files, config = declared_shards(shards, overrides, what)
+    return [replace(file, declared=None) if file.hinted else file for file in files], config
+
+
+def declared_shards(shards: str, overrides: Sequence[str], what: str = "SHARDS") -> tuple[list[ShardFile], Config]:
+    """As :func:`named_shards`, with what hints say of them."""
     config = override(Config(), overrides, KEYS)
     config.data.train.shards = shards
     validate(config)
     store = ShardStore(config.storage)
-    files = expand_shards(shards, config.data.root, what, store, config.data.index)
-    # A hint will do for training, which counts what it got wrong; a tool has to see every sample.
-    return [replace(file, declared=None) if file.hinted else file for file in files], config
+    return expand_shards(shards, config.data.root, what, store, config.data.index), config
 
 
 def identity(files: Sequence[ShardFile]) -> list[list[object]]:
@@ -63,7 +67,7 @@ def digest(file: ShardFile) -> tuple[int, str]:
 
 def all_samples(file: ShardFile) -> Iterator[Member]:
     """Every raw sample of a shard, up to where it is damaged."""
-    return read_samples(file, 0, file.summary.samples)  # of hints there are none here: see named_shards
+    return read_samples(file, 0, file.summary.samples)
 
 
 def distinct(samples: Iterable[Member]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
@@ -90,21 +94,12 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
     Not by WebDataset's writer: it leaves out members whose names begin with ``_``, and spends a kilobyte of each
     member on its time. Raises DataError when the disk is full or the directory cannot be written.
     """
-    scratch = scratch_beside(path)
     written = 0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(scratch, "w", format=tarfile.PAX_FORMAT) as archive:
-            for key, members in samples:
-                for suffix in sorted(members):
-                    entry = tarfile.TarInfo(f"{key}.{suffix}")  # its time and its owner are 0
-                    entry.size = len(members[suffix])
-                    archive.addfile(entry, io.BytesIO(members[suffix]))
-                written += 1
-        scratch.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
+    with whole(path) as out, tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for key, members in samples:
+            for suffix in sorted(members):
+                entry = tarfile.TarInfo(f"{key}.{suffix}")  # its time and its owner are 0
+                entry.size = len(members[suffix])
+                archive.addfile(entry, io.BytesIO(members[suffix]))
+            written += 1
     return written

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from clipscale.apps.data.account import scratch_file
+from clipscale.apps.data.jobs import whole_text
 from clipscale.config.data import Data
 from clipscale.data.manifest import ShardFile
 from clipscale.data.samples import BadSample, Member, decode_image, find_captions, find_image
@@ -50,7 +50,7 @@ class Pair(NamedTuple):
 
 def write_sheet(path: Path, title: str, told: str, pairs: Iterable[Pair], data: Data) -> None:
     """Write the page; every text on it is escaped."""
-    with scratch_file(path) as out:
+    with whole_text(path) as out:
         out.write(HEAD.format(title=html.escape(title), told=html.escape(told)))
         for pair in pairs:
             cells = "".join(_cell(place, data) for place in (pair.one, pair.other))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipscale.apps.data.account import Account
-from clipscale.apps.data.jobs import MARKERS, Jobs, share
+from clipscale.apps.data.jobs import MARKERS, Jobs, whole
 from clipscale.apps.data.shards import all_samples, distinct, write_shard
 from clipscale.data.manifest import ShardFile
 from clipscale.data.order import mix
@@ -88,8 +87,7 @@ def shuffle_shards(work: Jobs, files: Sequence[ShardFile], shard_samples: int, s
             f"the {sum(account.shards.values()):,} samples in {work.output} are not the {account.kept:,} that were "
             "read; delete it and begin anew"
         )
-    if not share()[0]:  # every node has found all shards done, so nobody reads the runs any more
-        shutil.rmtree(runs, ignore_errors=True)
+    work.leave(runs)
     return account
 
 
@@ -108,13 +106,10 @@ def scatter(task: Scatter) -> dict[str, Any]:
     sizes = [0, *(len(records[i]) for i in order)]
     ranked = np.array([*(hashes[i] for i in order), (1 << 64) - 1], np.uint64)
     index = np.stack([ranked, np.cumsum(np.array(sizes, np.uint64), dtype=np.uint64)])
-    try:
-        task.run.parent.mkdir(parents=True, exist_ok=True)
-        with task.run.with_suffix(".bin").open("wb") as out:
-            out.writelines(records[i] for i in order)
-        np.save(task.run.with_suffix(".npy"), index)
-    except OSError as error:
-        raise DataError(f"{task.run} cannot be written: {error.strerror}") from None
+    with whole(task.run.with_suffix(".bin")) as out:
+        out.writelines(records[i] for i in order)
+    with whole(task.run.with_suffix(".npy")) as out:
+        np.save(out, index)
     return {
         "read": len(records) + dropped.total(), "kept": len(records), "dropped": dropped,
         "damage": task.file.summary.damage, "sum": sum(map(_digest, records)),

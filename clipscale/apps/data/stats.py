@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from clipscale.apps.data.describe import Place, Summary, describe, tie, uncut
 from clipscale.apps.data.examine import labels
-from clipscale.apps.data.jobs import MARKERS, Jobs
+from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole, whole_text
 from clipscale.apps.data.repeats import find_repeats, save_hashes
 from clipscale.apps.data.shards import all_samples, identity, named_shards
 from clipscale.apps.data.stats_page import page
@@ -22,7 +21,7 @@ from clipscale.apps.data.summaries import Spread
 from clipscale.config import Config
 from clipscale.config.data import Data
 from clipscale.data.manifest import ShardFile
-from clipscale.errors import ConfigError, DataError
+from clipscale.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,8 @@ def stats(
     found = document(summary, repeats, config.tokenizer.name, first.context_length, damage)
     drawn = {name: list(draw) for name, draw in summary.draws.items()}
     sheet = cards(engine, drawn, files, [task.label for task in tasks], data)
+    if share()[0]:
+        return
     _write(output, found, summary, sheet, first.context_length)
     if as_json:
         print(json.dumps(found))
@@ -96,7 +97,8 @@ def _describe_shard(task: _Task) -> dict[str, Any]:
         captions += found
     samples, _, damage = task.file.summary
     save_hashes(task.part("captions.npy"), captions)
-    task.part("json").write_text(json.dumps(summary.to_json()))
+    with whole_text(task.part("json")) as out:
+        out.write(json.dumps(summary.to_json()))
     size = task.file.store.version(task.file.location).size
     return {"samples": samples, "bytes": int(task.file.index.offsets[-1]) if size is None else size, "damage": damage}
 
@@ -104,10 +106,14 @@ def _describe_shard(task: _Task) -> dict[str, Any]:
 def _add_up(tasks: Sequence[_Task], results: Sequence[dict[str, Any]]) -> Summary:
     summary = Summary()
     summary.spreads |= {"samples_per_shard": Spread(), "bytes_per_shard": Spread()}
+    sizes: dict[int | str, tuple[int, int]] = {}
     for task, result in zip(tasks, results, strict=True):
         summary.merge(Summary.from_json(json.loads(task.part("json").read_text())))
-        summary.spread("samples_per_shard").add(result["samples"])
-        summary.spread("bytes_per_shard").add(result["bytes"])
+        shard = task.number if task.file.rows is None else task.file.location  # a table comes in parts, of one file
+        sizes[shard] = (sizes.get(shard, (0, 0))[0] + result["samples"], result["bytes"])
+    for samples, size in sizes.values():
+        summary.spread("samples_per_shard").add(samples)
+        summary.spread("bytes_per_shard").add(size)
     return summary
 
 
@@ -118,10 +124,6 @@ def _write(
     files = {f"{name}.png": data for name, data in light.items()}
     files["stats.json"] = json.dumps(found, indent=1).encode()
     files["index.html"] = page(found, sheet, {name: (light[name], dark[name]) for name in light}).encode()
-    try:
-        for name, data in files.items():
-            scratch = output / f".{name}.{os.getpid()}.tmp"
-            scratch.write_bytes(data)
-            scratch.replace(output / name)
-    except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
+    for name, data in files.items():
+        with whole(output / name) as out:
+            out.write(data)
