@@ -27,8 +27,8 @@ KEYS = ("data.", "storage.", "tokenizer.", "model.")
 def named_shards(shards: str, overrides: Sequence[str], what: str = "SHARDS") -> tuple[list[ShardFile], Config]:
     """The shards that the argument ``what`` of a command names, and the configuration of its ``KEY=VALUE`` arguments.
 
-    Nothing is taken on hearsay: a hint will do for training, which counts what it got wrong, but a tool has to see every
-    sample. Raises ConfigError for a key that is none, DataError for shards that are not there.
+    Nothing is taken on hearsay: a hint will do for training, which counts what it got wrong, but a tool has to see
+    every sample. Raises ConfigError for a key that is none, DataError for shards that are not there.
     """
     files, config = declared_shards(shards, overrides, what)
     return [replace(file, declared=None) if file.hinted else file for file in files], config
