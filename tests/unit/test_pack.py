@@ -232,6 +232,16 @@ def test_no_training_is_told_of_where_there_is_nothing_to_train_on(
     assert "clipscale data index" in told and "clipscale train" not in told
 
 
+def test_the_first_node_alone_tells(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        run(source, tmp_path / "out")
+        assert ("next:" in capsys.readouterr().out) == (rank == "0")
+
+
 def test_shards_from_elsewhere_are_not_written_over(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -96,6 +99,23 @@ def test_what_was_stopped_goes_on(source: Path, tmp_path: Path, shuffle: bool) -
     reshard(PATTERN, tmp_path / "cut", shards(source), shuffle=shuffle, shard_samples=8, jobs=1)
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
     reshard(PATTERN, tmp_path / "cut", shards(source), shuffle=shuffle, shard_samples=8, jobs=1)  # nothing left to do
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["reshard", "--shuffle"], ["dedup"], ["balance", "--label-key", "json:label", "--per-concept", "3"]],
+)
+def test_two_nodes_at_once_write_what_one_does(source: Path, tmp_path: Path, words: list[str]) -> None:
+    def start(output: Path, rank: int, count: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "clipscale.cli", "data", words[0], PATTERN, str(output), *shards(source)]
+        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(count)}
+        return subprocess.Popen([*command, *words[1:], "-j", "1"], env=environment, text=True, stderr=subprocess.PIPE)
+
+    nodes = [start(tmp_path / "two", rank, 2) for rank in (0, 1)] + [start(tmp_path / "one", 0, 1)]
+    for node in nodes:
+        assert node.communicate()[1] is not None and node.returncode == 0
+    assert digests(tmp_path / "two") == digests(tmp_path / "one") != {}
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("runs"))
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

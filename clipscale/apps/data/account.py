@@ -38,6 +38,14 @@ class Account:
     damaged: dict[str, str] = field(default_factory=dict)
     shards: dict[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, files: Sequence[ShardFile], results: Mapping[str, Any]) -> Account:
+        """The sum over all shards of what a step that reads them found."""
+        account = cls()
+        for file, result in zip(files, results.values(), strict=True):
+            account.add(result, file.name)
+        return account
+
     def add(self, result: Mapping[str, Any], shard: str = "") -> None:
         """Count a task's ``read``, ``kept`` and ``dropped``, and the ``damage`` of the shard that it read."""
         self.read += result["read"]

@@ -100,14 +100,12 @@ def balance(
     }  # fmt: skip
     work = Jobs(output, "balance", options, jobs, ray)
     place = output / MARKERS / "balance"
-    matches = [place / "matches" / f"{i:06d}.npz" for i in range(len(files))]
     tasks = {
-        path.stem: MatchTask(file, i, path, config.data, concepts, label_key, seed)
-        for i, (file, path) in enumerate(zip(files, matches, strict=True))
+        f"{i:06d}": MatchTask(file, i, place / "matches" / f"{i:06d}.npz", config.data, concepts, label_key, seed)
+        for i, file in enumerate(files)
     }
-    account = Account()
-    for file, result in zip(files, work.run("match", match_concepts, tasks).values(), strict=True):
-        account.add({**result, "kept": 0}, file.name)
+    matches = [task.matches for task in tasks.values()]
+    account = Account.of(files, work.run("match", match_concepts, tasks))
     if account.read == account.dropped.total():
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in account.dropped.most_common())
         raise DataError(f"no sample is left of {account.read:,} ({reasons}); see --concepts, --label-key")
@@ -130,7 +128,7 @@ def balance(
 
 
 def match_concepts(task: MatchTask) -> dict[str, Any]:
-    """Look for the concepts of every sample of a shard; those without any are dropped here."""
+    """Look for the concepts of every sample of a shard; those without any are dropped here, none is kept yet."""
     dropped: Counter[str] = Counter()
     names: dict[str, int] = {}
     pairs: list[tuple[int, int, int]] = []
@@ -150,7 +148,7 @@ def match_concepts(task: MatchTask) -> dict[str, Any]:
             out, names=_as_array(list(names)), concept=np.array(concept, np.int64),
             sample=np.array(place_of, np.int64), hash=np.array(hashes, np.uint64),
         )  # fmt: skip
-    return {"read": read, "dropped": dropped, "damage": task.file.summary.damage}
+    return {"read": read, "kept": 0, "dropped": dropped, "damage": task.file.summary.damage}
 
 
 def _concepts(sample: Member, task: MatchTask) -> set[str]:

@@ -15,8 +15,8 @@ import rich.console
 import rich.table
 
 from clipscale.apps.data.account import Account, open_shards
-from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole_text
-from clipscale.apps.data.likeness import LookTask, Pictures, alike, load_pictures, look
+from clipscale.apps.data.jobs import Jobs, share, whole_text
+from clipscale.apps.data.likeness import Pictures, alike, load_pictures, look_at
 from clipscale.apps.data.shards import all_samples, identity, named_shards
 from clipscale.apps.data.sheet import MOST_PAIRS, Pair, Place, write_sheet
 from clipscale.config.data import Data
@@ -59,8 +59,8 @@ def contamination(
         "caption_key": data.caption_key, "max_pixels": data.max_pixels,
     }  # fmt: skip
     work = Jobs(output, "contamination", options, jobs, ray)
-    train, looked_at = _look(work, "train", files, data)
-    evaluation, judged = _look(work, "evaluation", held_out, data)
+    train, looked_at = look_at(work, "train", files, data)
+    evaluation, judged = look_at(work, "evaluation", held_out, data)
     if not judged.kept:
         raise DataError(f"--against {against}: none of {judged.read:,} samples has an image that can be used")
     compares = {path.stem: CompareTask(path, evaluation, distance) for path in train}
@@ -83,16 +83,6 @@ def contamination(
         ]
         print(f"next: {shlex.join(again)}")
     return {"pictures": pictures, "captions": captions}
-
-
-def _look(work: Jobs, step: str, files: Sequence[ShardFile], data: Data) -> tuple[tuple[Path, ...], Account]:
-    place = work.output / MARKERS / work.tool / "pictures" / step
-    paths = tuple(place / f"{i:06d}.npz" for i in range(len(files)))
-    tasks = {path.stem: LookTask(file, path, data) for file, path in zip(files, paths, strict=True)}
-    account = Account()
-    for file, result in zip(files, work.run(step, look, tasks).values(), strict=True):
-        account.add(result, file.name)
-    return paths, account
 
 
 @cache

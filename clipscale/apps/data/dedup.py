@@ -14,7 +14,7 @@ import numpy as np
 from clipscale.apps.data.account import Account, open_shards, output_names, train_command
 from clipscale.apps.data.contamination import contamination
 from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole, whole_text
-from clipscale.apps.data.likeness import LookTask, first_of_each, joined, load_pictures, look
+from clipscale.apps.data.likeness import first_of_each, joined, load_pictures, look_at
 from clipscale.apps.data.reshard import Group, Piece, write_group
 from clipscale.apps.data.shards import identity
 from clipscale.apps.data.sheet import MOST_PAIRS, Pair, Place, write_sheet
@@ -61,14 +61,9 @@ def dedup(
         "caption_key": data.caption_key,
     }  # fmt: skip
     work = Jobs(output, "dedup", options, jobs, ray)
-    place = output / MARKERS / "dedup"
-    pictures = tuple(place / "pictures" / f"{i:06d}.npz" for i in range(len(files)))
-    looks = {path.stem: LookTask(file, path, data) for file, path in zip(files, pictures, strict=True)}
-    account = Account()
-    for file, result in zip(files, work.run("look", look, looks).values(), strict=True):
-        account.add(result, file.name)
+    pictures, account = look_at(work, "look", files, data)
     names = output_names(files)
-    task = ClusterTask(pictures, tuple(file.name for file in files), place / "kept", distance)
+    task = ClusterTask(pictures, tuple(file.name for file in files), output / MARKERS / "dedup" / "kept", distance)
     clusters = work.run("compare", cluster, {"all": task})["all"]
     account.dropped.update(clusters["dropped"])
     account.kept -= sum(clusters["dropped"].values())

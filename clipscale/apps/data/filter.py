@@ -92,12 +92,10 @@ def filter_shards(
         )
         for i, (file, name) in enumerate(zip(files, names, strict=True))
     }  # fmt: skip
-    account, met = Account(), Counter[str]()
     results = Jobs(output, "filter", options, jobs, ray).run("filter", filter_shard, tasks)
-    for file, (name, result) in zip(files, results.items(), strict=True):
-        account.add(result, file.name)
-        account.shards[name] = result["kept"]
-        met.update(result["met"])
+    account = Account.of(files, results)
+    account.shards = {name: result["kept"] for name, result in results.items()}
+    met = sum((Counter(result["met"]) for result in results.values()), Counter[str]())
     for option, count in listed.items():
         if not met[option]:
             print(f"warning: none of the {count:,} keys of {option} is in these shards", file=sys.stderr)

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from clipscale.apps.data.jobs import whole
+from clipscale.apps.data.account import Account
+from clipscale.apps.data.jobs import MARKERS, Jobs, whole
 from clipscale.apps.data.shards import all_samples
 from clipscale.config.data import Data
 from clipscale.data.manifest import ShardFile
@@ -59,6 +60,14 @@ class LookTask(NamedTuple):
     file: ShardFile
     path: Path
     data: Data
+
+
+def look_at(work: Jobs, step: str, files: Sequence[ShardFile], data: Data) -> tuple[tuple[Path, ...], Account]:
+    """Look at all pictures of some shards: the file of each shard's, and what became of the samples."""
+    place = work.output / MARKERS / work.tool / "pictures" / step
+    tasks = {f"{i:06d}": LookTask(file, place / f"{i:06d}.npz", data) for i, file in enumerate(files)}
+    account = Account.of(files, work.run(step, look, tasks))
+    return tuple(task.path for task in tasks.values()), account
 
 
 def look(task: LookTask) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from clipscale.apps.data.account import brace_pattern, refuse_foreign, refuse_gone, root_override, train_command
-from clipscale.apps.data.jobs import Jobs, Tasks, whole_text
+from clipscale.apps.data.jobs import Jobs, Tasks, share, whole_text
 from clipscale.apps.data.packing import (
     FORMATTER,
     Sample,
@@ -238,6 +238,8 @@ def _finish(output: Path, settings: Settings, shares: Mapping[str, float], resul
     if empty := [name for name, made in by_split.items() if not any(each["samples"] for each in made)]:
         told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
         raise DataError(f"no sample of {' and '.join(empty)} could be packed ({told}); see {output / 'skipped.csv'}")
+    if share()[0]:  # the first node tells
+        return
     table = Table(title=str(output), title_justify="left")
     for column in ("split", "samples", "captions", "shards", "MB", *(["groups"] if settings.group_by else [])):
         table.add_column(column, justify="left" if column == "split" else "right")

@@ -53,9 +53,9 @@ def score_shards(files: Sequence[ShardFile], output: Path, run: Path, data: Data
     }  # fmt: skip
     work = Jobs(output, "score", options, 1 if torch.cuda.is_available() else jobs, ray)
     place = output / MARKERS / "score" / "scores"
-    paths = [place / f"{i:06d}.csv" for i in range(len(files))]
-    tasks = {path.stem: ScoreTask(file, path, checkpoint, data) for file, path in zip(files, paths, strict=True)}
+    tasks = {f"{i:06d}": ScoreTask(file, place / f"{i:06d}.csv", checkpoint, data) for i, file in enumerate(files)}
     work.run("score", score_shard, tasks)
+    paths = [task.path for task in tasks.values()]
     if not share()[0]:
         _print(_join(paths, output / "scores.csv"), output)
     return paths

@@ -69,10 +69,8 @@ def shuffle_shards(work: Jobs, files: Sequence[ShardFile], shard_samples: int, s
     """
     runs = work.output / MARKERS / work.tool / "runs"
     tasks = {f"{i:06d}": Scatter(file, i, runs / f"{i:06d}", seed) for i, file in enumerate(files)}
-    account, total = Account(), 0
-    for file, result in zip(files, work.run("scatter", scatter, tasks).values(), strict=True):
-        account.add(result, file.name)
-        total += result["sum"]
+    scattered = work.run("scatter", scatter, tasks)
+    account, total = Account.of(files, scattered), sum(result["sum"] for result in scattered.values())
     if not account.kept:
         raise DataError("the shards hold no sample; clipscale data check says what is wrong with them")
     plan = Plan(runs, len(files), account.kept, shard_samples)
