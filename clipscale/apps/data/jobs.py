@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, TextIO, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from clipscale.distributed.workers import worker_context
 from clipscale.errors import ClipscaleError, ConfigError, DataError
 
 MARKERS = ".clipscale"  # directory of an output that says what is done
@@ -183,9 +184,7 @@ def _finish(work: Callable[[T], Any], task: T, marker: Path) -> None:
 
 
 def _side_by_side(work: Callable[[T], Any], todo: Todo[T], workers: int) -> Iterator[None]:
-    # Not fork: obstore must not be used in one. What is imported here, the server imports once for all.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.func.__module__ if isinstance(work, partial) else work.__module__])
+    context = worker_context([work.func.__module__ if isinstance(work, partial) else work.__module__])
     with ProcessPoolExecutor(workers, context, initializer=_serve) as pool:
         begun: set[Future[None]] = set()
         try:
