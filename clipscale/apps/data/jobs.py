@@ -212,6 +212,7 @@ def _side_by_side(work: Callable[[T], Any], todo: Todo[T], workers: int) -> Iter
 def _serve() -> None:
     """What a worker does first: leave interrupts to its parent, and see to it that it does not outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the pool's way to end what is left of a broken one
     parent = multiprocessing.parent_process()
     assert parent is not None
 
