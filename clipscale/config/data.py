@@ -130,7 +130,7 @@ class Data:
     """Loader processes per rank; 0 decodes in the training process."""
     streams: int | None = fixed(None)
     """Canonical streams V: divides global_batch_size, and world sizes divide it. null: the largest divisor of
-    global_batch_size up to 512. Recorded for the life of a run."""
+    global_batch_size up to 512 that the processes which begin the run can share. Recorded for the life of a run."""
     window: int | None = fixed(None)
     """Samples per shuffle window W of a stream. null: as many as keep V windows within 2 GiB a node, 16 to 4,096.
     Recorded for the life of a run."""
