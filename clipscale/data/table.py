@@ -107,10 +107,11 @@ def read_rows(
         fields = dict(zip(columns, row, strict=True))
         path = fields[image].strip()
         data = fetch(path) if path else None
-        members = {"json": json.dumps(fields).encode()}
-        if caption is not None:
-            members["txt"] = fields[caption].encode()
+        members: dict[str, bytes] = {}
         if data is not None:
             # Its column says that it is the image, whatever its name ends with; its format shows when it is decoded.
-            members |= {"jpg": data, path.rpartition(".")[2].lower(): data}
+            members = {path.rpartition(".")[2].lower(): data, "jpg": data}
+        members["json"] = json.dumps(fields).encode()
+        if caption is not None:
+            members["txt"] = fields[caption].encode()
         yield Member("", members, "" if data is not None else "missing_image")
