@@ -195,8 +195,9 @@ def test_workers_run_the_code_of_the_trainer(
         "import sys\n"
         "from clipscale.distributed.workers import worker_context\n"
         "if __name__ == '__main__':\n"
-        "    import clipscale, multiprocessing\n"
-        "    with worker_context(['clipscale.data.order']).Pool(1) as pool:\n"
+        "    import clipscale, signal\n"
+        "    ended = (signal.SIGTERM, signal.SIG_DFL)\n"
+        "    with worker_context(['clipscale.data.order']).Pool(1, signal.signal, ended) as pool:\n"
         "        sys.exit(pool.apply(eval, (\"__import__('clipscale').__file__\",)) != clipscale.__file__)\n"
     )
     monkeypatch.chdir(tmp_path)
