@@ -28,7 +28,8 @@ def worker_context(preload: Sequence[str]) -> ForkServerContext:
 def _inherited() -> Iterator[None]:
     """What is started inside ignores SIGTERM and SIGUSR1, and imports from where this process does.
 
-    Workers inherit both, and say themselves what a signal means to them. By itself the server looks into the working directory first, and may find another clipscale there.
+    Workers inherit both, and say themselves what a signal means to them. By itself the server looks into the working
+    directory first, and may find another clipscale there.
     """
     signals = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
     path = {"PYTHONPATH": os.pathsep.join(place or os.getcwd() for place in sys.path), "PYTHONSAFEPATH": "1"}

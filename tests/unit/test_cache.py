@@ -98,4 +98,6 @@ def test_many_processes_and_threads(tmp_path: Path) -> None:
         others = pool.map_async(_hammer, [(tmp_path, seed) for seed in range(4)])
         list(threads.map(_hammer, [(tmp_path, seed) for seed in range(4, 8)]))
         others.get(timeout=120)
+        pool.close()  # not terminated: they may have inherited that SIGTERM does nothing
+        pool.join()
     assert _bytes_in(tmp_path) <= 1000 and not list(tmp_path.glob(f"*{PART}"))
