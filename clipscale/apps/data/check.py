@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clipscale.apps.data.check_report import Report, print_report
-from clipscale.apps.data.examine import examine, labels, own_key, shown
+from clipscale.apps.data.examine import ShardTask, examine, labels, own_key, shown
 from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole, whole_text
 from clipscale.apps.data.repeats import find_repeats, save_hashes, within
 from clipscale.apps.data.shards import all_samples, declared_shards, digest, identity
@@ -40,17 +40,8 @@ _BROKEN = re.compile("[\x00-\x08\x0e-\x1f\x7f\ufffd\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
-class _Task:
-    number: int
-    label: str
-    file: ShardFile
-    data: Data
+class _Task(ShardTask):
     declared: Declared | None
-    parts: Path
-
-    def part(self, kind: str) -> Path:
-        """Where this shard's part of a result lies."""
-        return self.parts / f"{self.number:06d}.{kind}"
 
 
 def check(
@@ -71,7 +62,7 @@ def check(
     }  # fmt: skip
     parts = output / MARKERS / "check" / "parts"
     named = enumerate(zip(labels(files), files, entries, strict=True))
-    tasks = [_Task(i, label, file, data, entry, parts) for i, (label, file, entry) in named]
+    tasks = [_Task(i, label, file, data, parts, entry) for i, (label, file, entry) in named]
     engine = Jobs(output, "check", options, jobs, ray)
     results = engine.run("samples", _check_shard, {f"{task.number:06d}_{task.file.name}": task for task in tasks})
     repeats = find_repeats(engine, "keys", [task.part("keys.npy") for task in tasks])

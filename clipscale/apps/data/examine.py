@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -12,6 +14,21 @@ from clipscale.data.manifest import ShardFile
 from clipscale.data.samples import BadSample, Member, decode_image, find_captions, find_image
 
 _JOINERS = "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"  # parts of emoji and of words, though not printable
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to be looked through; what is too large for a task's result goes to files in ``parts``."""
+
+    number: int
+    label: str
+    file: ShardFile
+    data: Data
+    parts: Path
+
+    def part(self, kind: str) -> Path:
+        """Where this shard's part of a result lies."""
+        return self.parts / f"{self.number:06d}.{kind}"
 
 
 def examine(sample: Member, data: Data) -> tuple[list[str], torch.Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipscale.apps.data.describe import Place, Summary, describe, tie, uncut
-from clipscale.apps.data.examine import labels
+from clipscale.apps.data.examine import ShardTask, labels
 from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole, whole_text
 from clipscale.apps.data.repeats import find_repeats, save_hashes
 from clipscale.apps.data.shards import all_samples, identity, named_shards
@@ -19,24 +19,14 @@ from clipscale.apps.data.stats_plots import plots
 from clipscale.apps.data.stats_report import document, print_stats
 from clipscale.apps.data.summaries import Spread
 from clipscale.config import Config
-from clipscale.config.data import Data
 from clipscale.data.manifest import ShardFile
 from clipscale.errors import DataError
 
 
 @dataclass(frozen=True)
-class _Task:
-    number: int
-    label: str
-    file: ShardFile
-    data: Data
+class _Task(ShardTask):
     tokenizer: str
     context_length: int
-    parts: Path
-
-    def part(self, kind: str) -> Path:
-        """Where this shard's part of a result lies."""
-        return self.parts / f"{self.number:06d}.{kind}"
 
 
 def stats(
@@ -83,7 +73,7 @@ def _tasks(files: Sequence[ShardFile], config: Config, output: Path) -> list[_Ta
     length = config.tokenizer.context_length or config.model.context_length
     parts = output / MARKERS / "stats" / "parts"
     return [
-        _Task(i, label, file, config.data, config.tokenizer.name, length, parts)
+        _Task(i, label, file, config.data, parts, config.tokenizer.name, length)
         for i, (label, file) in enumerate(zip(labels(files), files, strict=True))
     ]
 
