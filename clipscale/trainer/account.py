@@ -36,9 +36,9 @@ class Account:
 
     def resumed(self, saved: Saved, attempt: int) -> None:
         """Go on from what a checkpoint counted."""
-        self._told["bad"] = self._counted = saved.bad_samples
+        self._told["bad"] = saved.bad_samples
         self._before = Counter(saved.bad_reasons)
-        self._reasons = self._before
+        self._gathered = saved.bad_samples, BadSamples()
         self._attempt, self._started_at = attempt, saved.samples_seen
 
     def add(self, batch: Batch, samples_seen: int) -> None:
@@ -65,16 +65,13 @@ class Account:
 
     def by_reason(self, bad: int) -> Counter[str]:
         """The ``bad`` samples of the whole run by reason, over all ranks."""
-        if bad > self._counted:
-            self._counted = bad
-            self._reasons = self._before + Counter(self._everywhere().by_reason())
-        return self._reasons
+        return self._before + Counter(self._everywhere(bad).by_reason())
 
     def warn(self, bad: int, truncated: int, seen: int, say: Callable[[str], None]) -> None:
         """Tell of what is new in the :meth:`totals`."""
         if bad > self._told["bad"]:
             self._told["bad"] = bad
-            found = self._everywhere()
+            found = self._everywhere(bad)
             if self._runtime.is_main:
                 log_event(
                     self._path, "bad_samples", samples_seen=seen, total=bad, reasons=found.by_reason(),
@@ -99,7 +96,7 @@ class Account:
         data = self._config.data
         how = "; mend the data or raise the limit: the same command goes on from the last checkpoint"
         if over_budget(bad, seen, data.max_bad_fraction, is_over):
-            found = self._everywhere()
+            found = self._everywhere(bad)
             worst = listed(dict(islice(found.by_shard().items(), WORST)))
             raise DataBudgetError(
                 f"{bad:,} of {bad + seen:,} samples could not be used, more than data.max_bad_fraction="
@@ -109,7 +106,7 @@ class Account:
         limit = data.max_bad_fraction_per_shard
         if limit is not None and bad > self._told.get("judged", 0):
             self._told["judged"] = bad
-            found = self._everywhere()
+            found = self._everywhere(bad)
             if worst_of := worst_shard(found, self._train.reads(epochs), limit):
                 name, count, samples = worst_of
                 reasons = Counter({reason: n for (shard, reason), n in found.counts.items() if shard == name})
@@ -118,12 +115,15 @@ class Account:
                     f"more than data.max_bad_fraction_per_shard={limit}; keys in {self._path}/bad_samples{how}"
                 )
 
-    def _everywhere(self) -> BadSamples:
-        everyone: list[Any] = [self._bad.counts]
-        if world_size() > 1:
-            everyone = [None] * world_size()
-            dist.all_gather_object(everyone, self._bad.counts)
-        return BadSamples(sum(everyone, Counter()))
+    def _everywhere(self, bad: int) -> BadSamples:
+        """Of all ranks since this start; gathered anew when their total ``bad``, which all ranks know, has grown."""
+        if bad != self._gathered[0]:
+            everyone: list[Any] = [self._bad.counts]
+            if world_size() > 1:
+                everyone = [None] * world_size()
+                dist.all_gather_object(everyone, self._bad.counts)
+            self._gathered = bad, BadSamples(sum(everyone, Counter()))
+        return self._gathered[1]
 
 
 def listed(counts: dict[str, int]) -> str:
