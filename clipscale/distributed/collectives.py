@@ -71,6 +71,14 @@ def total(value: torch.Tensor, group: Group = None) -> torch.Tensor:
     return value
 
 
+def largest(value: torch.Tensor, group: Group = None) -> torch.Tensor:
+    """The elementwise maximum over ranks of a detached tensor; not differentiable."""
+    value = value.detach().clone()
+    if world_size(group) > 1:
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
+    return value
+
+
 def gather_rows(local: torch.Tensor, group: Group = None) -> torch.Tensor:
     """Concatenate Float[n_r, ...] whose number of rows differs between ranks; not differentiable."""
     if world_size(group) == 1:

@@ -2,39 +2,74 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 
-from clipscale.distributed.collectives import Group, average, gather, rank
-from clipscale.losses.checks import check_features
+from clipscale.distributed.collectives import Group
+from clipscale.losses.globalbatch import PairIds
+from clipscale.losses.inputs import Backend, Scalar, prepare
+from clipscale.losses.softmax import SoftmaxLoss
+from clipscale.losses.tiles import TileShape
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def clip_loss(
-    image: torch.Tensor, text: torch.Tensor, logit_scale: torch.Tensor | float, *, group: Group = None
-) -> torch.Tensor:
-    """Mean of the image-to-text and text-to-image cross entropies over the global batch.
+    image: torch.Tensor,
+    text: torch.Tensor,
+    logit_scale: Scalar,
+    *,
+    group: Group = None,
+    pair_ids: PairIds | None = None,
+    label_smoothing: float = 0.0,
+    extra_text: torch.Tensor | None = None,
+    tile: TileShape = "auto",
+    cache_mb: float = 0,
+    comm_dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+    stats: bool = False,
+) -> Any:
+    """Mean of the image-to-text and text-to-image cross entropies over the global batch of N = W·n pairs.
+
+    Memory is O(N·D): logits exist a tile at a time. They are formed in fp32 (float64 for float64 features) whatever the
+    autocast; of half-precision features, products are exact and their sums fp32.
 
     Args:
         image, text: Float[n, D], this rank's n pairs, L2-normalised. Every rank brings the same n.
-        logit_scale: the multiplier on cosine similarities, already exponentiated; a scalar or Float[1].
+        logit_scale: the multiplier on cosine similarities, already exponentiated; a number or a tensor of one.
         group: process group of the global batch; None is the default group, or this process alone.
+        pair_ids: ``(image_ids, text_ids)``, Int64[n] or None: a text beside the diagonal whose image or caption has the
+            id of the row's own is no negative, and leaves the denominators.
+        label_smoothing: part of the target that is spread evenly over all that a row or column is compared with.
+        extra_text: Float[k, D], texts of this rank without an image (hard negatives). All images of all ranks are
+            compared with them. A row of zeros is none; every rank brings the same k.
+        tile: rows and columns of logits at a time: "auto", one number, or two.
+        cache_mb: megabytes of exponentials that may be kept for the backward pass, which then forms them no more.
+        comm_dtype: in which texts are sent to the other ranks, and the gradients back; None sends texts as they are and
+            gradients in fp32.
+        backend: "triton" (CUDA), "torch", or the faster one that there is.
+        stats: return ``(loss, LossStats)``.
 
     Returns:
         Float[], the loss of the whole batch, the same on every rank. Its gradients are such that their mean over
-        ranks, which is what DDP and FSDP2 form, is the gradient of that loss.
+        ranks, which is what DDP and FSDP2 form, is the gradient of that loss, for the features as for the scale.
 
     Raises:
-        ValueError: shapes that are not Float[n, D] twice.
+        ValueError: shapes that do not fit each other, or differ between ranks.
     """
-    check_features(image, text)
     with torch.autocast(image.device.type, enabled=False):
-        dtype = torch.promote_types(image.dtype, torch.float32)  # fp32 logits whatever the towers compute in
-        image, text = image.to(dtype), text.to(dtype)
-        all_images, all_texts = gather(image, group), gather(text, group)
-        scale = logit_scale.to(dtype) if isinstance(logit_scale, torch.Tensor) else logit_scale
-        first = rank(group) * image.shape[0]
-        target = torch.arange(first, first + image.shape[0], device=image.device)
-        local = (
-            F.cross_entropy(scale * image @ all_texts.T, target) + F.cross_entropy(scale * text @ all_images.T, target)
-        ) / 2
-        return local + (average(local, group) - local.detach())
+        given = prepare(
+            image,
+            text,
+            logit_scale,
+            group=group,
+            pair_ids=pair_ids,
+            extra_text=extra_text,
+            tile=tile,
+            comm_dtype=comm_dtype,
+            backend=backend,
+            stats=stats,
+        )
+        task = replace(given.task, smoothing=label_smoothing, cache_bytes=int(cache_mb * 2**20))
+        return given.outcome(SoftmaxLoss.apply(given.image, given.columns, given.scale, task))

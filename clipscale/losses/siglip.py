@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 
-from clipscale.distributed.collectives import Group, average, gather, rank
-from clipscale.losses.checks import check_features
+from clipscale.distributed.collectives import Group
+from clipscale.losses.globalbatch import PairIds
+from clipscale.losses.inputs import Backend, Scalar, as_vector, prepare
+from clipscale.losses.sigmoid import SigmoidLoss
+from clipscale.losses.tiles import TileShape
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def siglip_loss(
     image: torch.Tensor,
     text: torch.Tensor,
-    logit_scale: torch.Tensor | float,
-    logit_bias: torch.Tensor | float,
+    logit_scale: Scalar,
+    logit_bias: Scalar,
     *,
     group: Group = None,
-) -> torch.Tensor:
-    """Sum over all N x N pairs of the global batch of ``-log sigmoid(±(s x·y + b))``, divided by N.
+    pair_ids: PairIds | None = None,
+    extra_text: torch.Tensor | None = None,
+    tile: TileShape = "auto",
+    comm_dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+    stats: bool = False,
+) -> Any:
+    """Sum over all N x N combinations of the global batch of ``-log sigmoid(±(s x·y + b))``, divided by N.
 
-    Args and Returns as in :func:`clipscale.losses.clip_loss`; ``logit_bias`` is b, a scalar or Float[1].
+    Args and Returns as in :func:`clipscale.losses.clip_loss`; ``logit_bias`` is b, a number or a tensor of one. The
+    gradients are formed in the forward pass, in which no logit needs another, so there is nothing to cache.
 
     Raises:
-        ValueError: shapes that are not Float[n, D] twice.
+        ValueError: shapes that do not fit each other, or differ between ranks.
     """
-    check_features(image, text)
     with torch.autocast(image.device.type, enabled=False):
-        dtype = torch.promote_types(image.dtype, torch.float32)
-        image, all_texts = image.to(dtype), gather(text.to(dtype), group)
-        scale, bias = (x.to(dtype) if isinstance(x, torch.Tensor) else x for x in (logit_scale, logit_bias))
-        logits = scale * image @ all_texts.T + bias
-        # Every pair is a negative but one per row, which turns its sign.
-        signs = torch.full_like(logits, -1.0)
-        rows = torch.arange(image.shape[0], device=image.device)
-        signs[rows, rows + rank(group) * image.shape[0]] = 1.0
-        local = -F.logsigmoid(signs * logits).sum() / image.shape[0]
-        return local + (average(local, group) - local.detach())
+        given = prepare(
+            image,
+            text,
+            logit_scale,
+            group=group,
+            pair_ids=pair_ids,
+            extra_text=extra_text,
+            tile=tile,
+            comm_dtype=comm_dtype,
+            backend=backend,
+            stats=stats,
+        )
+        bias = as_vector(logit_bias, image)
+        return given.outcome(SigmoidLoss.apply(given.image, given.columns, given.scale, bias, given.task), bias)

@@ -205,7 +205,7 @@ def eval_context(config: Config, model: CLIP, tokenizer: Tokenizer, device: torc
         device,
         config.eval.batch_size,
         partial(towers_autocast, config.precision.name, device),
-        lambda image, text: loss(image, text, scale, bias, ALONE),
+        lambda image, text: loss(image, text, scale, bias, group=ALONE),
     )
 
 

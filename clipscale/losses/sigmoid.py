@@ -1,0 +1,114 @@
+"""The pairwise sigmoid loss over tiles: no sum joins the pairs, so the gradients are formed in the forward pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from clipscale.losses.softmax import Task
+from clipscale.losses.tiles import Grid, Maxima, Similarity
+
+# Up to here 1 - sigmoid has all its digits, and minus its logarithm, at half the price of a softplus, is exact.
+GENTLE = 1.0
+
+
+class SigmoidLoss(torch.autograd.Function):
+    """``loss, positives, *maxima = SigmoidLoss.apply(image, columns, scale, bias, task)``.
+
+    As :class:`~clipscale.losses.softmax.SoftmaxLoss`, with ``bias`` Float[1]; the task's teachers, smoothing and cache
+    have no meaning here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: torch.Tensor,
+        columns: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor,
+        task: Task,
+    ) -> tuple[torch.Tensor, ...]:
+        batch = task.batch
+        needs_x, needs_y, needs_scale, *_ = ctx.needs_input_grad
+        dtype = torch.promote_types(image.dtype, torch.float32)
+        y = batch.gather(columns.to(task.comm_dtype or columns.dtype))
+        student = Similarity(image, y, scale, dtype, bias)
+        own = student.positives(batch.own)
+        loss = torch.logaddexp(-own, torch.zeros_like(own)).sum()
+        pairs = -torch.sigmoid(-own)
+        bias_gradient = pairs.sum()
+        dx = torch.zeros_like(image, dtype=dtype) if needs_x or (needs_scale and not needs_y) else None
+        dy = torch.zeros_like(y, dtype=dtype) if needs_y else None
+        maxima = Maxima(batch, image.new_empty(0, dtype=dtype)) if task.maxima else None
+        grid = Grid(batch, task.hidden, task.tile, image.new_empty(0, dtype=dtype))
+        for tile in grid:
+            logits = grid.hide(student.logits(tile, grid.room(tile, 0)), tile, grid.mask(tile), -math.inf)
+            if maxima is not None:
+                maxima.note(logits, tile)
+            value, weights = _softplus(logits, grid.room(tile, 1))
+            loss += value
+            bias_gradient += weights.sum(dtype=torch.float64)
+            student.pull(weights, tile, dx, dy)
+        loss = batch.sum([loss])[0] / batch.pairs
+        if any(ctx.needs_input_grad):
+            _remember(ctx, task, student, pairs, bias_gradient, dx, dy)
+        beside = maxima.of_pairs() if maxima else ()
+        ctx.mark_non_differentiable(own, *beside)
+        ctx.columns_dtype = columns.dtype
+        return loss.to(dtype), own, *beside
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        dx, dy, scale, bias = ctx.saved_tensors
+        image_gradient = None if dx is None else (dx * gradient).to(ctx.image_dtype)
+        text_gradient = None
+        if dy is not None:
+            mine = ctx.task.batch.scatter(dy, ctx.task.comm_dtype)
+            text_gradient = (mine * gradient).to(ctx.columns_dtype)
+        return (
+            image_gradient if ctx.needs_input_grad[0] else None,
+            text_gradient,
+            None if scale is None else (scale * gradient).to(ctx.scale_dtype),
+            (bias * gradient).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None,
+            None,
+        )
+
+
+def _softplus(logits: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of log(1 + exp(l)), Float64[], and sigmoid(l), in ``out`` or in place of the logits."""
+    if not logits.is_cuda and logits.amax() <= GENTLE:
+        weights = logits.sigmoid_()
+        return -torch.neg(weights, out=out).log1p_().sum(dtype=torch.float64), weights
+    torch.abs(logits, out=out).neg_().exp_().log1p_()
+    value = out.sum(dtype=torch.float64) + torch.clamp(logits, min=0, out=out).sum(dtype=torch.float64)
+    return value, logits.sigmoid_()
+
+
+def _remember(
+    ctx: Any,
+    task: Task,
+    student: Similarity,
+    pairs: torch.Tensor,
+    bias_gradient: torch.Tensor,
+    dx: torch.Tensor | None,
+    dy: torch.Tensor | None,
+) -> None:
+    assert student.bias is not None
+    share = task.batch.world / task.batch.pairs
+    student.pull_positives(pairs, task.batch.own, dx, dy)
+    scale_gradient = student.pull_scale(dx, dy) * share if ctx.needs_input_grad[2] else None
+    for gradient in (dx, dy):
+        if gradient is not None:
+            gradient.mul_((student.scale * share).to(gradient.dtype))
+    ctx.task = task
+    ctx.image_dtype, ctx.scale_dtype, ctx.bias_dtype = student.x.dtype, student.scale.dtype, student.bias.dtype
+    ctx.save_for_backward(
+        dx,
+        dy,
+        None if scale_gradient is None else scale_gradient.view_as(student.scale),
+        (bias_gradient * share).view_as(student.bias),
+    )
