@@ -6,6 +6,8 @@ nothing of what puts samples into an order.
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -45,6 +47,13 @@ class Expected:
     lengths: list[int] = field(default_factory=list)
     truncated: int = 0
     positions: list[int] = field(default_factory=list)
+    caption_ids: list[int] = field(default_factory=list)
+    image_ids: list[int] = field(default_factory=list)
+
+
+def digest(content: bytes) -> int:
+    """What stands for equal contents in a batch."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 @dataclass
@@ -60,6 +69,8 @@ class Oracle:
     per_stream: int
     image: ImageOptions
     tokenizer: Tokenizer
+    extras: bool = False
+    """Whether batches hold what the loss may ask for beside pairs."""
     _streams: list[list[tuple[int, int, int]]] = field(default_factory=list)
     _epochs: int = 0
     _samples: int = 0
@@ -131,4 +142,7 @@ class Oracle:
         batch.ids += ids.tolist()
         batch.lengths.append(len(ids))
         batch.truncated += cut
+        batch.caption_ids.append(digest(struct.pack(f"<{len(ids)}i", *ids.tolist())))
+        if self.extras:
+            batch.image_ids.append(digest(sample.jpg))
         return True

@@ -15,6 +15,15 @@ class LossName(Enum):
     siglip = "siglip"
 
 
+class MaskDuplicates(Enum):
+    """Which pairs off the diagonal of the similarities are no negatives."""
+
+    none = "none"
+    text = "text"
+    image = "image"
+    both = "both"
+
+
 class ScheduleName(Enum):
     """Learning-rate schedules, all in samples."""
 
@@ -43,6 +52,9 @@ class Loss:
     """First value of the bias on logits; only the sigmoid loss has one (-10 in SigLIP)."""
     max_logit_scale: float | None = fixed(100.0)
     """The multiplier is clamped to [1, this] after every step; null leaves it free (SigLIP)."""
+    mask_duplicates: MaskDuplicates = fixed(MaskDuplicates.none)
+    """Pairs off the diagonal that leave the denominators, for they are no negatives: those of equal captions (`text`),
+    of equal images (`image`), or of either (`both`); `none` keeps all."""
 
     @property
     def first_bias(self) -> float | None:

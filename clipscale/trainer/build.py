@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from clipscale.config import Config
 from clipscale.config.data import Builtin, Data
+from clipscale.config.optim import MaskDuplicates
 from clipscale.data.augment import ColorOptions
 from clipscale.data.index import cache_dir
 from clipscale.data.io import ShardStore
-from clipscale.data.loader import SampleOptions, TrainLoader
+from clipscale.data.loader import TrainLoader
 from clipscale.data.manifest import ShardFile, Summary, damages, expand_shards, summarise
 from clipscale.data.order import SampleOrder, Shard
+from clipscale.data.prepare import SampleOptions
 from clipscale.data.samples import ImageOptions
 from clipscale.data.shapes import ShapesSpec, ensure_shapes, train_shards
 from clipscale.data.stream import read_samples
@@ -154,6 +156,7 @@ def build_loader(
 ) -> TrainLoader | SyntheticLoader:
     """This rank's batches from ``positions`` Int64[V] on."""
     data = config.data
+    image_ids = config.loss.mask_duplicates in (MaskDuplicates.image, MaskDuplicates.both)
     if data.builtin is Builtin.synthetic:
         return SyntheticLoader(
             train.order,
@@ -164,6 +167,7 @@ def build_loader(
             image_size=config.model.vision.image_size,
             tokenizer=tokenizer,
             pin_memory=runtime.device.type == "cuda",
+            image_ids=image_ids,
         )
     vision, jitter, scale = config.model.vision, data.color_jitter, data.crop_scale
     image = ImageOptions(
@@ -186,7 +190,13 @@ def build_loader(
         world=runtime.world,
         global_batch_size=config.global_batch_size,
         options=SampleOptions(
-            tuple(data.image_keys), data.caption_key, image, config.seed, data.clean_captions, data.long_caption
+            tuple(data.image_keys),
+            data.caption_key,
+            image,
+            config.seed,
+            data.clean_captions,
+            data.long_caption,
+            image_ids,
         ),
         tokenizer=tokenizer,
         workers=data.workers,

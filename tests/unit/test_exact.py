@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from clipscale.data import loader
-from clipscale.data.loader import Batch, SampleOptions, TrainLoader
+from clipscale.data.loader import Batch, TrainLoader
 from clipscale.data.manifest import ShardFile
 from clipscale.data.order import SampleOrder
+from clipscale.data.prepare import SampleOptions
 from clipscale.data.samples import ImageOptions
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.errors import DataError
@@ -49,7 +50,7 @@ class Case:
     """Shards, an order over them, and a chain of runs.
 
     ``counts`` and ``sources`` per shard; ``kinds`` of the bad samples by number; ``cuts``, the share of its bytes that
-    a damaged shard keeps.
+    a damaged shard keeps; with ``extras``, batches hold what the loss may ask for beside pairs.
     """
 
     counts: tuple[int, ...]
@@ -61,6 +62,7 @@ class Case:
     window: int
     per_stream: int
     chain: tuple[Stretch, ...]
+    extras: bool
 
 
 def draw_case(seed: int, workers: Sequence[int] = (0,)) -> Case:
@@ -86,6 +88,7 @@ def draw_case(seed: int, workers: Sequence[int] = (0,)) -> Case:
             Stretch(draw.choice(WORLDS), draw.choice(workers), draw.randint(1, 3))
             for _ in range(draw.randint(1, 4))
         ),
+        seed % 3 == 0,
     )  # fmt: skip
 
 
@@ -168,8 +171,8 @@ def make_loader(
 ) -> TrainLoader:  # fmt: skip
     return TrainLoader(
         order, files, positions, rank=rank, world=world, global_batch_size=case.per_stream * order.streams,
-        options=SampleOptions(("jpg",), "json:captions", IMAGE, case.seed), tokenizer=tokenizer, workers=workers,
-        pin_memory=False,
+        options=SampleOptions(("jpg",), "json:captions", IMAGE, case.seed, image_ids=case.extras),
+        tokenizer=tokenizer, workers=workers, pin_memory=False,
     )  # fmt: skip
 
 
@@ -192,8 +195,9 @@ def check(case: Case, directory: Path, tokenizer: Tokenizer) -> None:
     files, truths = write(case, directory)
     assert [file.index.samples for file in files] == [len(shard) for shard in truths], case
     oracle = Oracle(
-        truths, case.sources, case.weights, case.seed, STREAMS, case.window, case.per_stream, IMAGE, tokenizer
-    )
+        truths, case.sources, case.weights, case.seed, STREAMS, case.window, case.per_stream, IMAGE, tokenizer,
+        case.extras,
+    )  # fmt: skip
     positions = [0] * STREAMS
     with closing(follow(case, files, tokenizer)) as batches:
         for number in range(sum(stretch.batches for stretch in case.chain)):
@@ -215,6 +219,8 @@ def assert_equal(batch: Batch, expected: Expected, what: str) -> None:
     assert batch.text_ids.tolist() == expected.ids, what
     assert batch.truncated == expected.truncated, what
     assert torch.equal(batch.images, torch.stack(expected.images)), what
+    assert batch.caption_ids.tolist() == expected.caption_ids, what
+    assert ([] if batch.image_ids is None else batch.image_ids.tolist()) == expected.image_ids, what
 
 
 @pytest.fixture(scope="module")

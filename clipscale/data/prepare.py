@@ -1,0 +1,118 @@
+"""Raw samples to what a batch holds of them: token ids, a cut image, and what the loss compares pairs by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from clipscale.config.data import LongCaption
+from clipscale.data.augment import change_colors
+from clipscale.data.captions import clean_caption, from_random_sentence
+from clipscale.data.order import KeyedRandom
+from clipscale.data.samples import (
+    BadSample,
+    ImageOptions,
+    Member,
+    content_digest,
+    decode_image,
+    find_captions,
+    find_image,
+    train_crop,
+)
+from clipscale.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How a raw sample becomes tensors."""
+
+    image_keys: tuple[str, ...]
+    caption_key: str
+    image: ImageOptions
+    seed: int
+    clean_captions: bool = False
+    long_caption: LongCaption = LongCaption.head
+    image_ids: bool = False
+    """Whether batches carry ids of their images; a hash of each one's bytes is what they cost."""
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A good sample's part in a batch, but for its image."""
+
+    key: str
+    ids: NDArray[np.int32]
+    cut: bool
+    image_digest: bytes = b""
+
+
+def _stage(values: Sequence[Any], work: Callable[[int, Any], Any]) -> list[Any]:
+    """``work(i, value)`` of every value; one that raises BadSample becomes it, and one that is it stays."""
+
+    def attempt(i: int, value: Any) -> Any:
+        if isinstance(value, BadSample):
+            return value
+        try:
+            return work(i, value)
+        except BadSample as error:
+            return error
+
+    return [attempt(i, value) for i, value in enumerate(values)]
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """Prepares samples as the options say."""
+
+    options: SampleOptions
+    tokenizer: Tokenizer
+
+    def __call__(
+        self, raw: Sequence[tuple[int, int, Member]], images: torch.Tensor, empty: Sequence[Iterator[int]]
+    ) -> list[Prepared | BadSample]:
+        """Raw samples of ``(stream, position)`` to ids and to ``images``; a bad one becomes its reason.
+
+        A good one's image takes the next of the rows in ``images`` that are empty for its stream.
+
+        Each stage goes through all samples: one sample after the other takes half as long again, because the stages
+        drive each other out of the processor's caches.
+        """
+        options, samples = self.options, [sample for _, _, sample in raw]
+        randoms = [KeyedRandom(options.seed, stream, position) for stream, position, _ in raw]
+        captions = _stage(samples, lambda i, sample: self._draw(sample, randoms[i]))
+        texts = _stage(captions, lambda i, caption: Prepared(samples[i].key, *self._encode(caption, randoms[i])))
+
+        def place(i: int, prepared: Prepared) -> Prepared:
+            data = find_image(samples[i], options.image_keys)
+            image = self._cut(data, randoms[i])
+            images[next(empty[i])] = image  # now, while it is in the processor's caches
+            if options.image_ids:
+                prepared.image_digest = content_digest(data)
+            return prepared
+
+        return _stage(texts, place)
+
+    def _draw(self, sample: Member, random: KeyedRandom) -> str:
+        if sample.problem:
+            raise BadSample(sample.problem)
+        captions = find_captions(sample, self.options.caption_key)
+        if self.options.clean_captions:
+            captions = [cleaned for caption in captions if (cleaned := clean_caption(caption))]
+            if not captions:
+                raise BadSample("empty_caption")
+        return captions[random.below(len(captions))]
+
+    def _encode(self, caption: str, random: KeyedRandom) -> tuple[NDArray[np.int32], bool]:
+        ids, cut = self.tokenizer.encode(caption)
+        if cut and self.options.long_caption is LongCaption.random_sentence:
+            ids, _ = self.tokenizer.encode(from_random_sentence(caption, random))
+        return ids, cut
+
+    def _cut(self, data: bytes, random: KeyedRandom) -> torch.Tensor:
+        image = decode_image(data, self.options.image.max_pixels)
+        return change_colors(train_crop(image, self.options.image, random), self.options.image.colors, random)
