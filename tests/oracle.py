@@ -20,6 +20,7 @@ from clipscale.data.samples import ImageOptions, decode_image, train_crop
 from clipscale.data.tokenizer import Tokenizer
 
 ENOUGH = 100  # epochs without a usable sample
+NEGATIVES = 2  # of a sample, in batches that hold any
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Truth:
     reason: str = ""
     jpg: bytes = b""
     captions: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
 
 
 class Starved(Exception):
@@ -49,6 +51,8 @@ class Expected:
     positions: list[int] = field(default_factory=list)
     caption_ids: list[int] = field(default_factory=list)
     image_ids: list[int] = field(default_factory=list)
+    negative_ids: list[int] = field(default_factory=list)
+    negative_lengths: list[int] = field(default_factory=list)
 
 
 def digest(content: bytes) -> int:
@@ -125,15 +129,16 @@ class Oracle:
                 if min(epoch - self.place(v, fed)[0], position - fed) > ENOUGH:
                     raise Starved
                 position += 1
-                if self._add(batch, self.shards[shard][sample], KeyedRandom(self.seed, v, position - 1)):
+                if self._add(batch, self.shards[shard][sample], (self.seed, v, position - 1)):
                     good, fed = good + 1, position
             batch.positions.append(position)
         return batch
 
-    def _add(self, batch: Expected, sample: Truth, random: KeyedRandom) -> bool:
+    def _add(self, batch: Expected, sample: Truth, key: tuple[int, int, int]) -> bool:
         if sample.reason:
             batch.bad.append((sample.reason, sample.key))
             return False
+        random = KeyedRandom(*key)
         ids, cut = self.tokenizer.encode(sample.captions[random.below(len(sample.captions))])
         if sample.jpg not in self._pixels:
             self._pixels[sample.jpg] = decode_image(sample.jpg, self.image.max_pixels)
@@ -144,5 +149,15 @@ class Oracle:
         batch.truncated += cut
         batch.caption_ids.append(digest(struct.pack(f"<{len(ids)}i", *ids.tolist())))
         if self.extras:
-            batch.image_ids.append(digest(sample.jpg))
+            self._add_extras(batch, sample, ids.tolist(), KeyedRandom(*key, 1))
         return True
+
+    def _add_extras(self, batch: Expected, sample: Truth, caption: list[int], random: KeyedRandom) -> None:
+        batch.image_ids.append(digest(sample.jpg))
+        left, taken = list(sample.negatives), list[list[int]]()
+        while left and len(taken) < NEGATIVES:
+            ids = self.tokenizer.encode(left.pop(random.below(len(left))))[0].tolist()
+            if ids != caption and ids not in taken:
+                taken.append(ids)
+        batch.negative_ids += [one for ids in taken for one in ids]
+        batch.negative_lengths += [*(len(ids) for ids in taken), *[0] * (NEGATIVES - len(taken))]

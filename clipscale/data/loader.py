@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from clipscale.data.manifest import ShardFile
 from clipscale.data.order import SampleOrder, mix
 from clipscale.data.prepare import Prepared, Preparer, SampleOptions
-from clipscale.data.samples import BadSample, Member, caption_ids, join_digests, pack
+from clipscale.data.samples import BadSample, Member, caption_ids, join_digests, pack, pack_some
 from clipscale.data.stream import read_stream
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.distributed import GRACE_S
@@ -54,6 +54,10 @@ class Batch:
     """Captions cut to the context length."""
     image_ids: torch.Tensor | None = None
     """Int64[B], equal for images of the same encoded bytes; None unless they were asked for."""
+    negative_ids: torch.Tensor | None = None
+    """Int32[T'], the hard negatives of all samples, in their order, end to end; None unless there are to be any."""
+    negative_lengths: torch.Tensor | None = None
+    """Int32[B * data.negatives_per_sample]; 0 for each that a sample lacks, behind those that it has."""
 
     @staticmethod
     def concatenate(parts: Sequence[Batch], pin: bool = False) -> Batch:
@@ -78,6 +82,8 @@ class Batch:
             [bad for p in parts for bad in p.bad],
             sum(p.truncated for p in parts),
             join([p.image_ids for p in parts]),
+            join([p.negative_ids for p in parts]),
+            join([p.negative_lengths for p in parts]),
         )
 
 
@@ -161,7 +167,11 @@ class _StreamReader(IterableDataset):
     def _assemble(
         self, images: torch.Tensor, good: Sequence[Prepared], positions: NDArray[np.int64], bad: list[tuple[str, str]]
     ) -> Batch:
+        options = self.prepare.options
         packed, lengths = pack([one.ids for one in good])
+        negatives: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+        if options.negatives_key is not None:
+            negatives = pack_some([one.negatives for one in good], options.negatives_per_sample)
         return Batch(
             images,
             packed,
@@ -171,7 +181,8 @@ class _StreamReader(IterableDataset):
             caption_ids([one.ids for one in good]),
             bad,
             sum(one.cut for one in good),
-            join_digests([one.image_digest for one in good]) if self.prepare.options.image_ids else None,
+            join_digests([one.image_digest for one in good]) if options.image_ids else None,
+            *negatives,
         )
 
     def _refuse_starvation(

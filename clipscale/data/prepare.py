@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,14 @@ from clipscale.data.samples import (
     Member,
     content_digest,
     decode_image,
-    find_captions,
     find_image,
+    find_negatives,
+    stored_texts,
     train_crop,
 )
 from clipscale.data.tokenizer import Tokenizer
+
+NEGATIVES = 1  # ends the key of the draws of negatives, so that those of the sample itself are as without them
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class SampleOptions:
     long_caption: LongCaption = LongCaption.head
     image_ids: bool = False
     """Whether batches carry ids of their images; a hash of each one's bytes is what they cost."""
+    negatives_key: str | None = None
+    negatives_per_sample: int = 1
 
 
 @dataclass(slots=True)
@@ -49,6 +54,7 @@ class Prepared:
     ids: NDArray[np.int32]
     cut: bool
     image_digest: bytes = b""
+    negatives: list[NDArray[np.int32]] = field(default_factory=list)
 
 
 def _stage(values: Sequence[Any], work: Callable[[int, Any], Any]) -> list[Any]:
@@ -86,6 +92,8 @@ class Preparer:
         randoms = [KeyedRandom(options.seed, stream, position) for stream, position, _ in raw]
         captions = _stage(samples, lambda i, sample: self._draw(sample, randoms[i]))
         texts = _stage(captions, lambda i, caption: Prepared(samples[i].key, *self._encode(caption, randoms[i])))
+        if options.negatives_key is not None:
+            texts = _stage(texts, lambda i, prepared: self._add_negatives(prepared, *raw[i]))
 
         def place(i: int, prepared: Prepared) -> Prepared:
             data = find_image(samples[i], options.image_keys)
@@ -100,12 +108,25 @@ class Preparer:
     def _draw(self, sample: Member, random: KeyedRandom) -> str:
         if sample.problem:
             raise BadSample(sample.problem)
-        captions = find_captions(sample, self.options.caption_key)
-        if self.options.clean_captions:
-            captions = [cleaned for caption in captions if (cleaned := clean_caption(caption))]
-            if not captions:
-                raise BadSample("empty_caption")
+        captions = [text for text in self._clean(stored_texts(sample, self.options.caption_key)) if text]
+        if not captions:
+            raise BadSample("empty_caption")
         return captions[random.below(len(captions))]
+
+    def _add_negatives(self, prepared: Prepared, stream: int, position: int, sample: Member) -> Prepared:
+        """As many as there should be and are, no two of the same tokens, none of the caption's."""
+        options = self.options
+        assert options.negatives_key is not None
+        random = KeyedRandom(options.seed, stream, position, NEGATIVES)
+        texts = [text for text in self._clean(find_negatives(sample, options.negatives_key)) if text]
+        while texts and len(prepared.negatives) < options.negatives_per_sample:
+            ids, _ = self._encode(texts.pop(random.below(len(texts))), random)
+            if not any(np.array_equal(ids, other) for other in (prepared.ids, *prepared.negatives)):
+                prepared.negatives.append(ids)
+        return prepared
+
+    def _clean(self, texts: list[str]) -> list[str]:
+        return [clean_caption(text) for text in texts] if self.options.clean_captions else texts
 
     def _encode(self, caption: str, random: KeyedRandom) -> tuple[NDArray[np.int32], bool]:
         ids, cut = self.tokenizer.encode(caption)

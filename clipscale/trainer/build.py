@@ -38,6 +38,7 @@ from clipscale.evals import EvalContext
 from clipscale.losses import LOSSES
 from clipscale.models import CLIP
 from clipscale.parallel import towers_autocast
+from clipscale.trainer.probe import require_negatives
 
 T = TypeVar("T")
 
@@ -96,7 +97,8 @@ def build_train_data(config: Config, data: Data, store: ShardStore, runtime: Run
     """Count the shards (by their cached indexes) and build the sample order.
 
     Chooses ``data.window`` if it is null, and records it in ``config``. Raises DataError or ConfigError for shards that
-    are absent, empty or unreadable, and for weights that do not match the sources.
+    are absent, empty or unreadable, for weights that do not match the sources, and where nothing is found of what the
+    loss needs beside pairs.
     """
     if data.builtin is Builtin.synthetic:
         config.data.window = config.data.window or WINDOW_RANGE[0]
@@ -117,6 +119,8 @@ def build_train_data(config: Config, data: Data, store: ShardStore, runtime: Run
     shards = [Shard(file.name, found.samples, file.source) for file, found in zip(files, summaries, strict=True)]
     train = TrainData(files, _order(config, shards, data.train.weights), damaged)
     _agree(train.order.fingerprint, runtime)
+    if data.negatives_key is not None:
+        require_negatives(files, summaries, data.negatives_key)
     return train
 
 
@@ -197,6 +201,8 @@ def build_loader(
             data.clean_captions,
             data.long_caption,
             image_ids,
+            data.negatives_key,
+            data.negatives_per_sample,
         ),
         tokenizer=tokenizer,
         workers=data.workers,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,13 +27,14 @@ from clipscale.data.prepare import SampleOptions
 from clipscale.data.samples import ImageOptions
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.errors import DataError
-from tests.oracle import Expected, Oracle, Starved, Truth
+from tests.oracle import NEGATIVES, Expected, Oracle, Starved, Truth
 from tests.shards import STORE, WORDS, jpeg
 
 STREAMS = 24
 WORLDS, WORKERS = (1, 2, 3, 4, 6, 8), (0, 1, 2, 5)
 BAD = ("broken", "empty", "no_image", "no_captions", "twice")
 WEIGHTS = (0.25, 0.3, 0.5, 1, 1, 1.5, 2, 3.7)
+EXTRAS = {"image_ids": True, "negatives_key": "json:negatives", "negatives_per_sample": NEGATIVES}
 IMAGE = ImageOptions(8, (0.4, 1.0), (0.75, 4 / 3), 10**6)
 
 
@@ -98,13 +100,21 @@ def captions(number: int) -> list[str]:
     return [f" a {' '.join(words * (1 + i * (number % 4)))} thing {i} " for i in range(1 + number % 3)]
 
 
+def negatives(number: int) -> list[str]:
+    """Two to four different texts and one twice; of some samples, one is a caption, others are equal when cut."""
+    texts = [f"{'no ' * (12 * (number % 2))}{word} thing {number} " for word in WORDS[number % 7 :][: 2 + number % 3]]
+    return [*texts, texts[0].strip(), *captions(number)[:1]] if number % 3 else texts
+
+
 @cache
 def members(number: int, kind: str) -> list[tuple[str, bytes]]:
     """Suffixes and contents of a sample's files; image and captions take turns in coming first."""
-    told = ["", " "] if kind == "empty" else [*captions(number), "  "]
+    told: dict[str, Any] = {"captions": ["", " "] if kind == "empty" else [*captions(number), "  "]}
+    if number % 5:
+        told["negatives"] = negatives(number)[0] if number % 5 == 1 else [None, *negatives(number), ""]
     files = [
         ("jpg", b"\xff\xd8broken" if kind == "broken" else jpeg(number, 12 + 4 * (number % 3))),
-        ("json", json.dumps({"captions": told}).encode()),
+        ("json", json.dumps(told).encode()),
     ]
     if kind == "twice":
         files.append(files[1])
@@ -127,7 +137,10 @@ def truth(name: str, number: int, kind: str, suffixes: Sequence[str]) -> Truth:
     if kind == "broken":
         return Truth(name, "undecodable_image")
     told = tuple(caption.strip() for caption in captions(number))
-    return Truth(name, "", jpeg(number, 12 + 4 * (number % 3)), told)
+    wrong = negatives(number) if number % 5 else []
+    if number % 5 == 1:
+        wrong = wrong[:1]
+    return Truth(name, "", jpeg(number, 12 + 4 * (number % 3)), told, tuple(text.strip() for text in wrong))
 
 
 def write_shard(path: Path, numbers: Sequence[int], kinds: Mapping[int, str], cut: float | None) -> list[Truth]:
@@ -171,7 +184,7 @@ def make_loader(
 ) -> TrainLoader:  # fmt: skip
     return TrainLoader(
         order, files, positions, rank=rank, world=world, global_batch_size=case.per_stream * order.streams,
-        options=SampleOptions(("jpg",), "json:captions", IMAGE, case.seed, image_ids=case.extras),
+        options=SampleOptions(("jpg",), "json:captions", IMAGE, case.seed, **(EXTRAS if case.extras else {})),
         tokenizer=tokenizer, workers=workers, pin_memory=False,
     )  # fmt: skip
 
@@ -220,7 +233,9 @@ def assert_equal(batch: Batch, expected: Expected, what: str) -> None:
     assert batch.truncated == expected.truncated, what
     assert torch.equal(batch.images, torch.stack(expected.images)), what
     assert batch.caption_ids.tolist() == expected.caption_ids, what
-    assert ([] if batch.image_ids is None else batch.image_ids.tolist()) == expected.image_ids, what
+    for name in ("image_ids", "negative_ids", "negative_lengths"):
+        found = getattr(batch, name)
+        assert ([] if found is None else found.tolist()) == getattr(expected, name), f"{name} of {what}"
 
 
 @pytest.fixture(scope="module")

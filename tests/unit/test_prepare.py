@@ -1,7 +1,8 @@
-"""What batches hold beside the pairs: ids that tell duplicates."""
+"""What batches hold beside the pairs: ids that tell duplicates, hard negatives."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import pytest
 import torch
 
 from clipscale.data.loader import Batch, TrainLoader
-from clipscale.data.manifest import ShardFile, expand_shards
+from clipscale.data.manifest import ShardFile, expand_shards, summarise
 from clipscale.data.order import SampleOrder
 from clipscale.data.prepare import SampleOptions
 from clipscale.data.samples import ImageOptions, caption_ids
 from clipscale.data.synthetic import SyntheticLoader
 from clipscale.data.tokenizer import Tokenizer
-from tests.shards import STORE, jpeg, shard_files, write_shards
+from clipscale.errors import DataError
+from clipscale.trainer.probe import require_negatives
+from tests.shards import STORE, jpeg, shard_files, write_shard, write_shards
 
 SEED, STREAMS = 5, 4
 
@@ -84,3 +87,48 @@ def test_synthetic_batches_have_ids(tokenizer: Tokenizer) -> None:
     whole = Batch.concatenate(batches[:2])
     assert whole.image_ids is not None and len(whole.image_ids.unique()) == len(whole.caption_ids.unique()) == 16
     assert batches[2].image_ids is None and torch.equal(batches[2].caption_ids, batches[0].caption_ids)
+
+
+def test_negatives_disturb_no_other_draw(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    fields = [{"captions": [f"a {n}", f"b {n}"], "negatives": [f"no {n}", f"not {n}", f"never {n}"]} for n in range(16)]
+    members = {n: {"jpg": jpeg(n), "json": json.dumps(fields[n]).encode()} for n in range(16)}
+    files = shard_files(write_shards(tmp_path, [16], members))
+    plain = first_batch(files, tokenizer, 16, caption_key="json:captions")
+    with_some = first_batch(
+        files, tokenizer, 16, caption_key="json:captions", negatives_key="json:negatives", negatives_per_sample=2
+    )
+    assert plain.negative_ids is plain.negative_lengths is None
+    for name in ("images", "text_ids", "text_lengths", "positions", "caption_ids"):
+        assert torch.equal(getattr(plain, name), getattr(with_some, name)), name
+    assert with_some.negative_ids is not None and with_some.negative_lengths is not None
+    drawn = with_some.negative_ids.split(with_some.negative_lengths.tolist())
+    numbers = [int(key.rpartition("/")[2]) for key in plain.keys]
+    for number, pair in zip(numbers, zip(drawn[::2], drawn[1::2], strict=True), strict=True):
+        wanted = {tuple(tokenizer.encode(text)[0].tolist()) for text in fields[number]["negatives"]}
+        assert {tuple(ids.tolist()) for ids in pair} < wanted and not torch.equal(*pair)
+
+
+def test_negatives_may_be_fewer_or_one_text_and_are_cleaned(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = [b"<b>no</b> dog", b"www.example.org", b"dog", b"\xff", None]  # the third is the caption
+    samples = [{"jpg": jpeg(n), "txt": b"dog"} | ({"neg.txt": text} if text else {}) for n, text in enumerate(texts)]
+    path = write_shard(tmp_path / "a.tar", [(str(n), one) for n, one in enumerate([*samples, *samples[:3]])])
+    batch = first_batch(
+        shard_files([path]), tokenizer, 8, clean_captions=True, negatives_key="neg.txt", negatives_per_sample=2
+    )
+    assert batch.negative_ids is not None and batch.negative_lengths is not None and not batch.bad
+    ids = tokenizer.encode("no dog")[0].tolist()
+    present = [int(key.rpartition("/")[2]) in (0, 5) for key in batch.keys]
+    assert batch.negative_ids.tolist() == ids * 2
+    assert batch.negative_lengths.tolist() == [n for here in present for n in (len(ids) * here, 0)]
+
+
+def test_a_wrong_key_of_negatives_is_told(tmp_path: Path) -> None:
+    """One source of many may have negatives; that none has is a mistake."""
+    negatives = {"jpg": jpeg(0), "json": json.dumps({"captions": ["a"], "negatives": ["b"]}).encode()}
+    files = shard_files(write_shards(tmp_path, [40] * 70, dict.fromkeys(range(40 * 66, 40 * 67), negatives)))
+    require_negatives(files, summarise(files), "json:negatives")
+    says = (
+        r"negatives_key=json:negative: none of the 1120 samples .* holds jpg, json \(captions, label, name\), txt; null"
+    )
+    with pytest.raises(DataError, match=says):
+        require_negatives(files, summarise(files), "json:negative")
