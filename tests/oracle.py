@@ -32,6 +32,8 @@ class Truth:
     jpg: bytes = b""
     captions: tuple[str, ...] = ()
     negatives: tuple[str, ...] = ()
+    embeddings: tuple[list[float], ...] = ()
+    """Of the image, then of each caption."""
 
 
 class Starved(Exception):
@@ -53,6 +55,7 @@ class Expected:
     image_ids: list[int] = field(default_factory=list)
     negative_ids: list[int] = field(default_factory=list)
     negative_lengths: list[int] = field(default_factory=list)
+    teacher: list[tuple[list[float], list[float]]] = field(default_factory=list)
 
 
 def digest(content: bytes) -> int:
@@ -139,7 +142,8 @@ class Oracle:
             batch.bad.append((sample.reason, sample.key))
             return False
         random = KeyedRandom(*key)
-        ids, cut = self.tokenizer.encode(sample.captions[random.below(len(sample.captions))])
+        place = random.below(len(sample.captions))
+        ids, cut = self.tokenizer.encode(sample.captions[place])
         if sample.jpg not in self._pixels:
             self._pixels[sample.jpg] = decode_image(sample.jpg, self.image.max_pixels)
         batch.images.append(train_crop(self._pixels[sample.jpg], self.image, random))
@@ -150,6 +154,7 @@ class Oracle:
         batch.caption_ids.append(digest(struct.pack(f"<{len(ids)}i", *ids.tolist())))
         if self.extras:
             self._add_extras(batch, sample, ids.tolist(), KeyedRandom(*key, 1))
+            batch.teacher.append((sample.embeddings[0], sample.embeddings[1 + place]))
         return True
 
     def _add_extras(self, batch: Expected, sample: Truth, caption: list[int], random: KeyedRandom) -> None:

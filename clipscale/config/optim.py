@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from clipscale.config.fields import event, fixed
 
@@ -55,6 +56,8 @@ class Loss:
     mask_duplicates: MaskDuplicates = fixed(MaskDuplicates.none)
     """Pairs off the diagonal that leave the denominators, for they are no negatives: those of equal captions (`text`),
     of equal images (`image`), or of either (`both`); `none` keeps all."""
+    teachers: list[Any] = fixed([])
+    """Teachers to distil from. `{image: MEMBER, text: MEMBER}` is one whose embeddings are stored with the samples."""
 
     @property
     def first_bias(self) -> float | None:

@@ -109,6 +109,7 @@ def _data(config: Config) -> Iterator[str]:
         if budget is not None and not 0 <= budget <= 1:
             yield f"data.{key}={budget} must lie in [0, 1]; null is no limit"
     yield from _negatives(data)
+    yield from _teachers(config)
     length = config.tokenizer.context_length
     if length is not None and length > config.model.context_length:
         yield (
@@ -124,6 +125,18 @@ def _negatives(data: Data) -> Iterator[str]:
         yield f"data.negatives_key={data.negatives_key} is not where negatives stand; null for none"
     if data.negatives_key is not None and data.builtin is Builtin.synthetic:
         yield f"data.negatives_key={data.negatives_key}: data=synthetic has no negatives; use data.negatives_key=null"
+
+
+def _teachers(config: Config) -> Iterator[str]:
+    for teacher in config.loss.teachers:
+        is_stored = isinstance(teacher, dict) and set(teacher) == {"image", "text"}
+        if not is_stored or not all(isinstance(member, str) for member in teacher.values()):
+            yield (
+                f"loss.teachers: {teacher} does not name the members of a teacher's embeddings; write "
+                "{image: MEMBER, text: MEMBER}"
+            )
+        elif config.data.builtin is Builtin.synthetic:
+            yield f"loss.teachers: data=synthetic has no member {teacher['image']}; use loss.teachers=[]"
 
 
 def _training(config: Config) -> Iterator[str]:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipscale.data.manifest import ShardFile
 from clipscale.data.order import SampleOrder, mix
-from clipscale.data.prepare import Prepared, Preparer, SampleOptions
+from clipscale.data.prepare import Prepared, Preparer, SampleOptions, stack_teachers
 from clipscale.data.samples import BadSample, Member, caption_ids, join_digests, pack, pack_some
 from clipscale.data.stream import read_stream
 from clipscale.data.tokenizer import Tokenizer
@@ -58,6 +58,8 @@ class Batch:
     """Int32[T'], the hard negatives of all samples, in their order, end to end; None unless there are to be any."""
     negative_lengths: torch.Tensor | None = None
     """Int32[B * data.negatives_per_sample]; 0 for each that a sample lacks, behind those that it has."""
+    teachers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """Of each stored teacher, its embeddings of the images and of the captions, L2-normalised Float32[B, D_t]."""
 
     @staticmethod
     def concatenate(parts: Sequence[Batch], pin: bool = False) -> Batch:
@@ -72,6 +74,8 @@ class Batch:
             out = torch.empty(rows, *tensors[0].shape[1:], dtype=tensors[0].dtype, pin_memory=True)
             return torch.cat(tensors, out=out)
 
+        # Of each teacher, the images of all parts and the texts of all parts.
+        teachers = [zip(*pairs, strict=True) for pairs in zip(*(p.teachers for p in parts), strict=True)]
         return Batch(
             join([p.images for p in parts]),
             join([p.text_ids for p in parts]),
@@ -84,6 +88,7 @@ class Batch:
             join([p.image_ids for p in parts]),
             join([p.negative_ids for p in parts]),
             join([p.negative_lengths for p in parts]),
+            [(join(list(images)), join(list(texts))) for images, texts in teachers],
         )
 
 
@@ -183,6 +188,7 @@ class _StreamReader(IterableDataset):
             sum(one.cut for one in good),
             join_digests([one.image_digest for one in good]) if options.image_ids else None,
             *negatives,
+            stack_teachers(good),
         )
 
     def _refuse_starvation(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from clipscale.config.data import LongCaption
 from clipscale.data.augment import change_colors
 from clipscale.data.captions import clean_caption, from_random_sentence
+from clipscale.data.embeddings import StoredTeacher
 from clipscale.data.order import KeyedRandom
 from clipscale.data.samples import (
     BadSample,
@@ -43,7 +44,18 @@ class SampleOptions:
     image_ids: bool = False
     """Whether batches carry ids of their images; a hash of each one's bytes is what they cost."""
     negatives_key: str | None = None
+    """Where a sample's hard negatives stand; None takes none."""
     negatives_per_sample: int = 1
+    teachers: tuple[StoredTeacher, ...] = ()
+    """Whose embeddings every sample must have."""
+
+
+class _Drawn(NamedTuple):
+    """A caption and its place among the sample's, of which there are as many as are stored, usable or not."""
+
+    caption: str
+    place: int
+    stored: int
 
 
 @dataclass(slots=True)
@@ -53,8 +65,10 @@ class Prepared:
     key: str
     ids: NDArray[np.int32]
     cut: bool
+    drawn: _Drawn
     image_digest: bytes = b""
     negatives: list[NDArray[np.int32]] = field(default_factory=list)
+    teachers: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = field(default_factory=list)
 
 
 def _stage(values: Sequence[Any], work: Callable[[int, Any], Any]) -> list[Any]:
@@ -91,9 +105,11 @@ class Preparer:
         options, samples = self.options, [sample for _, _, sample in raw]
         randoms = [KeyedRandom(options.seed, stream, position) for stream, position, _ in raw]
         captions = _stage(samples, lambda i, sample: self._draw(sample, randoms[i]))
-        texts = _stage(captions, lambda i, caption: Prepared(samples[i].key, *self._encode(caption, randoms[i])))
+        texts = _stage(captions, lambda i, drawn: self._prepare(samples[i], drawn, randoms[i]))
         if options.negatives_key is not None:
             texts = _stage(texts, lambda i, prepared: self._add_negatives(prepared, *raw[i]))
+        if options.teachers:
+            texts = _stage(texts, lambda i, prepared: self._add_teachers(prepared, samples[i]))
 
         def place(i: int, prepared: Prepared) -> Prepared:
             data = find_image(samples[i], options.image_keys)
@@ -105,13 +121,19 @@ class Preparer:
 
         return _stage(texts, place)
 
-    def _draw(self, sample: Member, random: KeyedRandom) -> str:
+    def _draw(self, sample: Member, random: KeyedRandom) -> _Drawn:
         if sample.problem:
             raise BadSample(sample.problem)
-        captions = [text for text in self._clean(stored_texts(sample, self.options.caption_key)) if text]
-        if not captions:
+        stored = self._clean(stored_texts(sample, self.options.caption_key))
+        places = [place for place, caption in enumerate(stored) if caption]
+        if not places:
             raise BadSample("empty_caption")
-        return captions[random.below(len(captions))]
+        place = places[random.below(len(places))]
+        return _Drawn(stored[place], place, len(stored))
+
+    def _prepare(self, sample: Member, drawn: _Drawn, random: KeyedRandom) -> Prepared:
+        ids, cut = self._encode(drawn.caption, random)
+        return Prepared(sample.key, ids, cut, drawn)
 
     def _add_negatives(self, prepared: Prepared, stream: int, position: int, sample: Member) -> Prepared:
         """As many as there should be and are, no two of the same tokens, none of the caption's."""
@@ -123,6 +145,12 @@ class Preparer:
             ids, _ = self._encode(texts.pop(random.below(len(texts))), random)
             if not any(np.array_equal(ids, other) for other in (prepared.ids, *prepared.negatives)):
                 prepared.negatives.append(ids)
+        return prepared
+
+    def _add_teachers(self, prepared: Prepared, sample: Member) -> Prepared:
+        prepared.teachers = [
+            one.read(sample, prepared.drawn.place, prepared.drawn.stored) for one in self.options.teachers
+        ]
         return prepared
 
     def _clean(self, texts: list[str]) -> list[str]:
@@ -137,3 +165,12 @@ class Preparer:
     def _cut(self, data: bytes, random: KeyedRandom) -> torch.Tensor:
         image = decode_image(data, self.options.image.max_pixels)
         return change_colors(train_crop(image, self.options.image, random), self.options.image.colors, random)
+
+
+def stack_teachers(samples: Sequence[Prepared]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each teacher, the embeddings of all images and of all captions, Float32[B, D_t]."""
+    found = []
+    for of_one in zip(*(sample.teachers for sample in samples), strict=True):
+        images, texts = zip(*of_one, strict=True)
+        found.append((torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(texts))))
+    return found

@@ -20,6 +20,7 @@ from clipscale.config import Config
 from clipscale.config.data import Builtin, Data
 from clipscale.config.optim import MaskDuplicates
 from clipscale.data.augment import ColorOptions
+from clipscale.data.embeddings import StoredTeacher
 from clipscale.data.index import cache_dir
 from clipscale.data.io import ShardStore
 from clipscale.data.loader import TrainLoader
@@ -38,7 +39,7 @@ from clipscale.evals import EvalContext
 from clipscale.losses import LOSSES
 from clipscale.models import CLIP
 from clipscale.parallel import towers_autocast
-from clipscale.trainer.probe import require_negatives
+from clipscale.trainer.probe import find_teachers, require_negatives
 
 T = TypeVar("T")
 
@@ -55,6 +56,8 @@ class TrainData:
     order: SampleOrder
     damaged: dict[str, str]
     """What is wrong with the archives in which something is, by file name."""
+    teachers: tuple[StoredTeacher, ...] = ()
+    """Those of ``loss.teachers`` whose embeddings stand with the samples."""
 
     @property
     def samples(self) -> int:
@@ -117,10 +120,11 @@ def build_train_data(config: Config, data: Data, store: ShardStore, runtime: Run
         mean_bytes = _mean_bytes(files, summaries)
         config.data.window = int(np.clip(WINDOW_BYTES / (config.data.streams * mean_bytes), *WINDOW_RANGE))
     shards = [Shard(file.name, found.samples, file.source) for file, found in zip(files, summaries, strict=True)]
-    train = TrainData(files, _order(config, shards, data.train.weights), damaged)
-    _agree(train.order.fingerprint, runtime)
     if data.negatives_key is not None:
         require_negatives(files, summaries, data.negatives_key)
+    teachers = find_teachers(files, summaries, [(one["image"], one["text"]) for one in config.loss.teachers])
+    train = TrainData(files, _order(config, shards, data.train.weights), damaged, teachers)
+    _agree(train.order.fingerprint, runtime)
     return train
 
 
@@ -203,6 +207,7 @@ def build_loader(
             image_ids,
             data.negatives_key,
             data.negatives_per_sample,
+            train.teachers,
         ),
         tokenizer=tokenizer,
         workers=data.workers,

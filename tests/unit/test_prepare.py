@@ -125,10 +125,10 @@ def test_negatives_may_be_fewer_or_one_text_and_are_cleaned(tmp_path: Path, toke
 def test_a_wrong_key_of_negatives_is_told(tmp_path: Path) -> None:
     """One source of many may have negatives; that none has is a mistake."""
     negatives = {"jpg": jpeg(0), "json": json.dumps({"captions": ["a"], "negatives": ["b"]}).encode()}
-    files = shard_files(write_shards(tmp_path, [40] * 70, dict.fromkeys(range(40 * 66, 40 * 67), negatives)))
+    files = shard_files(write_shards(tmp_path, [3] * 70, dict.fromkeys(range(3 * 66, 3 * 67), negatives)))
     require_negatives(files, summarise(files), "json:negatives")
     says = (
-        r"negatives_key=json:negative: none of the 1120 samples .* holds jpg, json \(captions, label, name\), txt; null"
+        r"negatives_key=json:negative: none of the 105 samples .* holds jpg, json \(captions, label, name\), txt; null"
     )
     with pytest.raises(DataError, match=says):
         require_negatives(files, summarise(files), "json:negative")
