@@ -6,6 +6,8 @@ nothing of what puts samples into an order.
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -18,6 +20,7 @@ from clipscale.data.samples import ImageOptions, decode_image, train_crop
 from clipscale.data.tokenizer import Tokenizer
 
 ENOUGH = 100  # epochs without a usable sample
+NEGATIVES = 2  # of a sample, in batches that hold any
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class Truth:
     reason: str = ""
     jpg: bytes = b""
     captions: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
+    embeddings: tuple[list[float], ...] = ()
+    """Of the image, then of each caption."""
 
 
 class Starved(Exception):
@@ -45,6 +51,16 @@ class Expected:
     lengths: list[int] = field(default_factory=list)
     truncated: int = 0
     positions: list[int] = field(default_factory=list)
+    caption_ids: list[int] = field(default_factory=list)
+    image_ids: list[int] = field(default_factory=list)
+    negative_ids: list[int] = field(default_factory=list)
+    negative_lengths: list[int] = field(default_factory=list)
+    teacher: list[tuple[list[float], list[float]]] = field(default_factory=list)
+
+
+def digest(content: bytes) -> int:
+    """What stands for equal contents in a batch."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 @dataclass
@@ -60,6 +76,8 @@ class Oracle:
     per_stream: int
     image: ImageOptions
     tokenizer: Tokenizer
+    extras: bool = False
+    """Whether batches hold what the loss may ask for beside pairs."""
     _streams: list[list[tuple[int, int, int]]] = field(default_factory=list)
     _epochs: int = 0
     _samples: int = 0
@@ -114,16 +132,18 @@ class Oracle:
                 if min(epoch - self.place(v, fed)[0], position - fed) > ENOUGH:
                     raise Starved
                 position += 1
-                if self._add(batch, self.shards[shard][sample], KeyedRandom(self.seed, v, position - 1)):
+                if self._add(batch, self.shards[shard][sample], (self.seed, v, position - 1)):
                     good, fed = good + 1, position
             batch.positions.append(position)
         return batch
 
-    def _add(self, batch: Expected, sample: Truth, random: KeyedRandom) -> bool:
+    def _add(self, batch: Expected, sample: Truth, key: tuple[int, int, int]) -> bool:
         if sample.reason:
             batch.bad.append((sample.reason, sample.key))
             return False
-        ids, cut = self.tokenizer.encode(sample.captions[random.below(len(sample.captions))])
+        random = KeyedRandom(*key)
+        place = random.below(len(sample.captions))
+        ids, cut = self.tokenizer.encode(sample.captions[place])
         if sample.jpg not in self._pixels:
             self._pixels[sample.jpg] = decode_image(sample.jpg, self.image.max_pixels)
         batch.images.append(train_crop(self._pixels[sample.jpg], self.image, random))
@@ -131,4 +151,18 @@ class Oracle:
         batch.ids += ids.tolist()
         batch.lengths.append(len(ids))
         batch.truncated += cut
+        batch.caption_ids.append(digest(struct.pack(f"<{len(ids)}i", *ids.tolist())))
+        if self.extras:
+            self._add_extras(batch, sample, ids.tolist(), KeyedRandom(*key, 1))
+            batch.teacher.append((sample.embeddings[0], sample.embeddings[1 + place]))
         return True
+
+    def _add_extras(self, batch: Expected, sample: Truth, caption: list[int], random: KeyedRandom) -> None:
+        batch.image_ids.append(digest(sample.jpg))
+        left, taken = list(sample.negatives), list[list[int]]()
+        while left and len(taken) < NEGATIVES:
+            ids = self.tokenizer.encode(left.pop(random.below(len(left))))[0].tolist()
+            if ids != caption and ids not in taken:
+                taken.append(ids)
+        batch.negative_ids += [one for ids in taken for one in ids]
+        batch.negative_lengths += [*(len(ids) for ids in taken), *[0] * (NEGATIVES - len(taken))]

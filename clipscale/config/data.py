@@ -104,8 +104,13 @@ class Data:
     """Members of a sample that may hold the image, in order of preference."""
     caption_key: str = fixed("txt")
     """Where the caption stands: a member such as `txt`, or `json:FIELD`; of a list, one caption is drawn per view."""
+    negatives_key: str | None = fixed(None)
+    """Where texts stand that are wrong about the image on purpose, hard negatives of the training loss: a member or
+    `json:FIELD`, a text or a list of them; a sample may lack them. null: none."""
+    negatives_per_sample: int = fixed(1)
+    """How many different ones of a sample's negatives are drawn each time it is seen."""
     clean_captions: bool = fixed(False)
-    """Take web addresses, HTML tags and control characters out of training captions."""
+    """Take web addresses, HTML tags and control characters out of training captions and negatives."""
     long_caption: LongCaption = fixed(LongCaption.head)
     """What training takes of a caption longer than the context: its `head`, or from a `random_sentence` on."""
     crop_scale: list[float] | None = fixed([0.9, 1.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from clipscale.config.fields import event, fixed
 
@@ -13,6 +14,15 @@ class LossName(Enum):
 
     clip = "clip"
     siglip = "siglip"
+
+
+class MaskDuplicates(Enum):
+    """Which pairs off the diagonal of the similarities are no negatives."""
+
+    none = "none"
+    text = "text"
+    image = "image"
+    both = "both"
 
 
 class ScheduleName(Enum):
@@ -43,6 +53,11 @@ class Loss:
     """First value of the bias on logits; only the sigmoid loss has one (-10 in SigLIP)."""
     max_logit_scale: float | None = fixed(100.0)
     """The multiplier is clamped to [1, this] after every step; null leaves it free (SigLIP)."""
+    mask_duplicates: MaskDuplicates = fixed(MaskDuplicates.none)
+    """Pairs off the diagonal that leave the denominators, for they are no negatives: those of equal captions (`text`),
+    of equal images (`image`), or of either (`both`); `none` keeps all."""
+    teachers: list[Any] = fixed([])
+    """Teachers to distil from. `{image: MEMBER, text: MEMBER}` is one whose embeddings are stored with the samples."""
 
     @property
     def first_bias(self) -> float | None:

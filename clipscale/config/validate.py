@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from clipscale.config.data import Builtin
+from clipscale.config.data import Builtin, Data
 from clipscale.config.schema import Config
 from clipscale.errors import ConfigError
 
@@ -108,12 +108,35 @@ def _data(config: Config) -> Iterator[str]:
     for key, budget in budgets.items():
         if budget is not None and not 0 <= budget <= 1:
             yield f"data.{key}={budget} must lie in [0, 1]; null is no limit"
+    yield from _negatives(data)
+    yield from _teachers(config)
     length = config.tokenizer.context_length
     if length is not None and length > config.model.context_length:
         yield (
             f"tokenizer.context_length={length} exceeds model.context_length={config.model.context_length}; "
             f"use tokenizer.context_length=null or model.context_length={length}"
         )
+
+
+def _negatives(data: Data) -> Iterator[str]:
+    if data.negatives_per_sample < 1:
+        yield f"data.negatives_per_sample={data.negatives_per_sample} must be 1 or more"
+    if data.negatives_key is not None and data.negatives_key in ("", data.caption_key):
+        yield f"data.negatives_key={data.negatives_key} is not where negatives stand; null for none"
+    if data.negatives_key is not None and data.builtin is Builtin.synthetic:
+        yield f"data.negatives_key={data.negatives_key}: data=synthetic has no negatives; use data.negatives_key=null"
+
+
+def _teachers(config: Config) -> Iterator[str]:
+    for teacher in config.loss.teachers:
+        is_stored = isinstance(teacher, dict) and set(teacher) == {"image", "text"}
+        if not is_stored or not all(isinstance(member, str) for member in teacher.values()):
+            yield (
+                f"loss.teachers: {teacher} does not name the members of a teacher's embeddings; write "
+                "{image: MEMBER, text: MEMBER}"
+            )
+        elif config.data.builtin is Builtin.synthetic:
+            yield f"loss.teachers: data=synthetic has no member {teacher['image']}; use loss.teachers=[]"
 
 
 def _training(config: Config) -> Iterator[str]:

@@ -9,31 +9,20 @@ import signal
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from clipscale.config.data import LongCaption
-from clipscale.data.augment import change_colors
-from clipscale.data.captions import clean_caption, from_random_sentence
 from clipscale.data.manifest import ShardFile
-from clipscale.data.order import KeyedRandom, SampleOrder, mix
-from clipscale.data.samples import (
-    BadSample,
-    ImageOptions,
-    Member,
-    decode_image,
-    find_captions,
-    find_image,
-    pack,
-    train_crop,
-)
+from clipscale.data.order import SampleOrder, mix
+from clipscale.data.prepare import Prepared, Preparer, SampleOptions, stack_teachers
+from clipscale.data.samples import BadSample, Member, caption_ids, join_digests, pack, pack_some
 from clipscale.data.stream import read_stream
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.distributed import GRACE_S
@@ -49,7 +38,8 @@ class Batch:
     """A batch of pairs, captions without padding.
 
     ``images`` UInt8[B, 3, S, S]; ``text_ids`` Int32[T], all captions end to end; ``text_lengths`` Int32[B];
-    ``positions`` Int64[streams], where each stream stands after this batch; ``keys``, one per pair.
+    ``positions`` Int64[streams], where each stream stands after this batch; ``keys``, one per pair; ``caption_ids``
+    Int64[B], equal for captions of the same tokens.
     """
 
     images: torch.Tensor
@@ -57,49 +47,49 @@ class Batch:
     text_lengths: torch.Tensor
     positions: torch.Tensor
     keys: list[str]
+    caption_ids: torch.Tensor
     bad: list[tuple[str, str]] = field(default_factory=list)
     """``(reason, key)`` of every sample that was passed over."""
     truncated: int = 0
     """Captions cut to the context length."""
+    image_ids: torch.Tensor | None = None
+    """Int64[B], equal for images of the same encoded bytes; None unless they were asked for."""
+    negative_ids: torch.Tensor | None = None
+    """Int32[T'], the hard negatives of all samples, in their order, end to end; None unless there are to be any."""
+    negative_lengths: torch.Tensor | None = None
+    """Int32[B * data.negatives_per_sample]; 0 for each that a sample lacks, behind those that it has."""
+    teachers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """Of each stored teacher, its embeddings of the images and of the captions, L2-normalised Float32[B, D_t]."""
 
     @staticmethod
     def concatenate(parts: Sequence[Batch], pin: bool = False) -> Batch:
         """Join the parts that the workers made, in stream order; what goes to the device, into page-locked memory."""
 
-        def join(tensors: list[torch.Tensor]) -> torch.Tensor:
+        def join(tensors: list[Any]) -> Any:
+            if tensors[0] is None:
+                return None
             if not pin:
                 return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             rows = sum(len(tensor) for tensor in tensors)
             out = torch.empty(rows, *tensors[0].shape[1:], dtype=tensors[0].dtype, pin_memory=True)
             return torch.cat(tensors, out=out)
 
+        # Of each teacher, the images of all parts and the texts of all parts.
+        teachers = [zip(*pairs, strict=True) for pairs in zip(*(p.teachers for p in parts), strict=True)]
         return Batch(
             join([p.images for p in parts]),
             join([p.text_ids for p in parts]),
             join([p.text_lengths for p in parts]),
             torch.cat([p.positions for p in parts]),
             [key for p in parts for key in p.keys],
+            join([p.caption_ids for p in parts]),
             [bad for p in parts for bad in p.bad],
             sum(p.truncated for p in parts),
+            join([p.image_ids for p in parts]),
+            join([p.negative_ids for p in parts]),
+            join([p.negative_lengths for p in parts]),
+            [(join(list(images)), join(list(texts))) for images, texts in teachers],
         )
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """How a raw sample becomes tensors."""
-
-    image_keys: tuple[str, ...]
-    caption_key: str
-    image: ImageOptions
-    seed: int
-    clean_captions: bool = False
-    long_caption: LongCaption = LongCaption.head
-
-
-class _Prepared(NamedTuple):
-    key: str
-    ids: NDArray[np.int32]
-    cut: bool
 
 
 def _room_for_images(count: int, size: int) -> torch.Tensor:
@@ -115,36 +105,6 @@ def _room_for_images(count: int, size: int) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
 
 
-def _stage(values: Sequence[Any], work: Callable[[int, Any], Any]) -> list[Any]:
-    """``work(i, value)`` of every value; one that raises BadSample becomes it, and one that is it stays."""
-
-    def attempt(i: int, value: Any) -> Any:
-        if isinstance(value, BadSample):
-            return value
-        try:
-            return work(i, value)
-        except BadSample as error:
-            return error
-
-    return [attempt(i, value) for i, value in enumerate(values)]
-
-
-def _draw(sample: Member, options: SampleOptions, random: KeyedRandom) -> str:
-    if sample.problem:
-        raise BadSample(sample.problem)
-    captions = find_captions(sample, options.caption_key)
-    if options.clean_captions:
-        captions = [cleaned for caption in captions if (cleaned := clean_caption(caption))]
-        if not captions:
-            raise BadSample("empty_caption")
-    return captions[random.below(len(captions))]
-
-
-def _cut(sample: Member, options: SampleOptions, random: KeyedRandom) -> torch.Tensor:
-    image = decode_image(find_image(sample, options.image_keys), options.image.max_pixels)
-    return change_colors(train_crop(image, options.image, random), options.image.colors, random)
-
-
 @dataclass
 class _StreamReader(IterableDataset):
     """Partial batches of the streams that one worker owns: a contiguous, equal-as-possible share of the rank's."""
@@ -154,8 +114,7 @@ class _StreamReader(IterableDataset):
     streams: NDArray[np.int64]
     positions: NDArray[np.int64]
     per_stream: int
-    options: SampleOptions
-    tokenizer: Tokenizer
+    prepare: Preparer
     fruitful: bool = False  # whether any sample was usable so far
 
     def __iter__(self) -> Iterator[Batch | DataError]:
@@ -178,15 +137,15 @@ class _StreamReader(IterableDataset):
         readers: Sequence[Iterator[tuple[int, Member]]],
         positions: NDArray[np.int64],
     ) -> Batch:
-        made: list[list[_Prepared]] = [[] for _ in readers]
-        images = _room_for_images(len(readers) * self.per_stream, self.options.image.size)
+        made: list[list[Prepared]] = [[] for _ in readers]
+        images = _room_for_images(len(readers) * self.per_stream, self.prepare.options.image.size)
         bad: list[tuple[str, str]] = []
         fed = positions.copy()  # behind the last good sample of each stream
         # What a stream lacks after a round, because samples were bad, it brings in the next one.
         while missing := [i for i, good in enumerate(made) for _ in range(self.per_stream - len(good))]:
             raw = [(i, *next(readers[i])) for i in missing]
             empty = [iter(range(i * self.per_stream + len(good), len(images))) for i, good in enumerate(made)]
-            prepared = self._prepare(
+            prepared = self.prepare(
                 [(int(streams[i]), position, sample) for i, position, sample in raw],
                 images,
                 [empty[i] for i in missing],
@@ -208,16 +167,28 @@ class _StreamReader(IterableDataset):
                     f"none of the first {len(bad)} samples is usable: {reasons}; check data.image_keys and "
                     "data.caption_key"
                 )
-        good = [one for stream in made for one in stream]
+        return self._assemble(images, [one for stream in made for one in stream], positions, bad)
+
+    def _assemble(
+        self, images: torch.Tensor, good: Sequence[Prepared], positions: NDArray[np.int64], bad: list[tuple[str, str]]
+    ) -> Batch:
+        options = self.prepare.options
         packed, lengths = pack([one.ids for one in good])
+        negatives: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+        if options.negatives_key is not None:
+            negatives = pack_some([one.negatives for one in good], options.negatives_per_sample)
         return Batch(
             images,
             packed,
             lengths,
             torch.from_numpy(positions.copy()),
             [one.key for one in good],
+            caption_ids([one.ids for one in good]),
             bad,
             sum(one.cut for one in good),
+            join_digests([one.image_digest for one in good]) if options.image_ids else None,
+            *negatives,
+            stack_teachers(good),
         )
 
     def _refuse_starvation(
@@ -231,34 +202,6 @@ class _StreamReader(IterableDataset):
                     f"{STARVED} epochs hold no usable sample for stream {v} of {order.streams}: the data is too small "
                     "for that many and some of it is bad; remove its bad samples or set data.streams lower"
                 )
-
-    def _prepare(
-        self, raw: Sequence[tuple[int, int, Member]], images: torch.Tensor, empty: Sequence[Iterator[int]]
-    ) -> list[_Prepared | BadSample]:
-        """Raw samples of ``(stream, position)`` to ids and to ``images``; a bad one becomes its reason.
-
-        A good one's image takes the next of the rows in ``images`` that are empty for its stream.
-
-        Each stage goes through all samples: one sample after the other takes half as long again, because the stages
-        drive each other out of the processor's caches.
-        """
-        options, samples = self.options, [sample for _, _, sample in raw]
-        randoms = [KeyedRandom(options.seed, stream, position) for stream, position, _ in raw]
-        captions = _stage(samples, lambda i, sample: _draw(sample, options, randoms[i]))
-        texts = _stage(captions, lambda i, caption: self._encode(caption, randoms[i]))
-
-        def place(i: int, text: Any) -> _Prepared:
-            image = _cut(samples[i], options, randoms[i])
-            images[next(empty[i])] = image  # now, while it is in the processor's caches
-            return _Prepared(samples[i].key, *text)
-
-        return _stage(texts, place)
-
-    def _encode(self, caption: str, random: KeyedRandom) -> tuple[NDArray[np.int32], bool]:
-        ids, cut = self.tokenizer.encode(caption)
-        if cut and self.options.long_caption is LongCaption.random_sentence:
-            ids, _ = self.tokenizer.encode(from_random_sentence(caption, random))
-        return ids, cut
 
 
 class TrainLoader:
@@ -289,7 +232,7 @@ class TrainLoader:
     ) -> None:
         mine = np.array_split(np.arange(order.streams), world)[rank]
         reader = _StreamReader(
-            order, files, mine, positions[mine], global_batch_size // order.streams, options, tokenizer
+            order, files, mine, positions[mine], global_batch_size // order.streams, Preparer(options, tokenizer)
         )
         self._parts = max(1, min(workers, len(mine)))
         self._pin_memory = pin_memory

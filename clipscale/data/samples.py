@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -87,12 +88,38 @@ def find_field(sample: Member, key: str) -> Any:
 
 def find_captions(sample: Member, caption_key: str) -> list[str]:
     """All captions of a sample, at least one. Raises BadSample when there is none."""
-    value = find_field(sample, caption_key)
-    captions = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    kept = [caption.strip() for caption in captions if isinstance(caption, str) and caption.strip()]
+    kept = [caption for caption in stored_texts(sample, caption_key) if caption]
     if not kept:
         raise BadSample("empty_caption")
     return kept
+
+
+def stored_texts(sample: Member, key: str) -> list[str]:
+    """The text or the list of texts at ``key``, each in its place, stripped; what is no text there is empty.
+
+    Raises BadSample when there is nothing at ``key``, or it is unreadable.
+    """
+    value = find_field(sample, key)
+    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return [text.strip() if isinstance(text, str) else "" for text in texts]
+
+
+def find_negatives(sample: Member, negatives_key: str) -> list[str]:
+    """All texts of a sample that are wrong about its image on purpose; it need not have any."""
+    try:
+        return [text for text in stored_texts(sample, negatives_key) if text]
+    except BadSample:
+        return []
+
+
+def list_members(sample: Member) -> str:
+    """The members of a sample and the fields of its JSON, to say where something could be found."""
+    try:
+        fields = json.loads(sample.members["json"])
+    except (KeyError, ValueError, RecursionError):
+        fields = None
+    inside = ", ".join(sorted(fields)) if isinstance(fields, dict) and fields else ""
+    return ", ".join(f"json ({inside})" if k == "json" and inside else k for k in sorted(sample.members))
 
 
 def decode_image(data: bytes, max_pixels: int) -> torch.Tensor:
@@ -251,3 +278,27 @@ def pack(captions: Sequence[NDArray[np.int32]]) -> tuple[torch.Tensor, torch.Ten
     """Token ids laid end to end, Int32[T], and their lengths, Int32[B]."""
     lengths = torch.tensor([len(ids) for ids in captions], dtype=torch.int32)
     return torch.from_numpy(np.concatenate(captions)), lengths
+
+
+def pack_some(groups: Sequence[Sequence[NDArray[np.int32]]], most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of B samples with up to ``most`` texts each: ids end to end, Int32[T], and lengths, Int32[B * most].
+
+    A text that a sample lacks has length 0, behind those that it has.
+    """
+    absent = np.empty(0, np.int32)
+    return pack([ids for group in groups for ids in (*group, *[absent] * (most - len(group)))])
+
+
+def content_digest(content: bytes) -> bytes:
+    """Eight bytes that tell contents apart, on every machine alike."""
+    return hashlib.blake2b(content, digest_size=8).digest()
+
+
+def join_digests(digests: Sequence[bytes]) -> torch.Tensor:
+    """Digests as numbers, Int64[B]."""
+    return torch.from_numpy(np.frombuffer(b"".join(digests), "<i8").astype(np.int64))
+
+
+def caption_ids(captions: Sequence[NDArray[np.int32]]) -> torch.Tensor:
+    """Int64[B] for the token ids of B captions: equal for equal ones, and hardly ever for others."""
+    return join_digests([content_digest(ids.astype("<i4", copy=False).tobytes()) for ids in captions])

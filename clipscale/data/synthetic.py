@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from clipscale.data.loader import Batch
 from clipscale.data.order import SampleOrder
-from clipscale.data.samples import pack
+from clipscale.data.samples import caption_ids, content_digest, join_digests, pack
 from clipscale.data.tokenizer import Tokenizer
 
 
@@ -31,6 +31,7 @@ class SyntheticLoader:
         image_size: int,
         tokenizer: Tokenizer,
         pin_memory: bool,
+        image_ids: bool = False,
     ) -> None:
         self._streams = np.array_split(np.arange(order.streams), world)[rank]
         self._positions = positions[self._streams].copy()
@@ -39,9 +40,14 @@ class SyntheticLoader:
         words = random.integers(0, tokenizer.vocab_size, (count, tokenizer.context_length), dtype=np.int32)
         words[:, -1] = tokenizer.eot_id
         images = torch.from_numpy(random.integers(0, 256, (count, 3, image_size, image_size), dtype=np.uint8))
-        self._images, self._ids, self._lengths = (
-            tensor.pin_memory() if pin_memory else tensor for tensor in (images, *pack(list(words)))
+        self._images, self._ids, self._lengths, self._caption_ids = (
+            tensor.pin_memory() if pin_memory else tensor
+            for tensor in (images, *pack(list(words)), caption_ids(list(words)))
         )
+        self._image_ids: torch.Tensor | None = None
+        if image_ids:
+            numbers = join_digests([content_digest(image.numpy().tobytes()) for image in images])
+            self._image_ids = numbers.pin_memory() if pin_memory else numbers
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -52,4 +58,12 @@ class SyntheticLoader:
                 for stream, position in zip(self._streams, start, strict=True)
                 for i in range(self._per_stream)
             ]
-            yield Batch(self._images, self._ids, self._lengths, torch.from_numpy(self._positions.copy()), keys)
+            yield Batch(
+                self._images,
+                self._ids,
+                self._lengths,
+                torch.from_numpy(self._positions.copy()),
+                keys,
+                self._caption_ids,
+                image_ids=self._image_ids,
+            )

@@ -18,12 +18,15 @@ from numpy.typing import NDArray
 
 from clipscale.config import Config
 from clipscale.config.data import Builtin, Data
+from clipscale.config.optim import MaskDuplicates
 from clipscale.data.augment import ColorOptions
+from clipscale.data.embeddings import StoredTeacher
 from clipscale.data.index import cache_dir
 from clipscale.data.io import ShardStore
-from clipscale.data.loader import SampleOptions, TrainLoader
+from clipscale.data.loader import TrainLoader
 from clipscale.data.manifest import ShardFile, Summary, damages, expand_shards, summarise
 from clipscale.data.order import SampleOrder, Shard
+from clipscale.data.prepare import SampleOptions
 from clipscale.data.samples import ImageOptions
 from clipscale.data.shapes import ShapesSpec, ensure_shapes, train_shards
 from clipscale.data.stream import read_samples
@@ -36,6 +39,7 @@ from clipscale.evals import EvalContext
 from clipscale.losses import LOSSES
 from clipscale.models import CLIP
 from clipscale.parallel import towers_autocast
+from clipscale.trainer.probe import find_teachers, require_negatives
 
 T = TypeVar("T")
 
@@ -52,6 +56,8 @@ class TrainData:
     order: SampleOrder
     damaged: dict[str, str]
     """What is wrong with the archives in which something is, by file name."""
+    teachers: tuple[StoredTeacher, ...] = ()
+    """Those of ``loss.teachers`` whose embeddings stand with the samples."""
 
     @property
     def samples(self) -> int:
@@ -94,7 +100,8 @@ def build_train_data(config: Config, data: Data, store: ShardStore, runtime: Run
     """Count the shards (by their cached indexes) and build the sample order.
 
     Chooses ``data.window`` if it is null, and records it in ``config``. Raises DataError or ConfigError for shards that
-    are absent, empty or unreadable, and for weights that do not match the sources.
+    are absent, empty or unreadable, for weights that do not match the sources, and where nothing is found of what the
+    loss needs beside pairs.
     """
     if data.builtin is Builtin.synthetic:
         config.data.window = config.data.window or WINDOW_RANGE[0]
@@ -113,7 +120,10 @@ def build_train_data(config: Config, data: Data, store: ShardStore, runtime: Run
         mean_bytes = _mean_bytes(files, summaries)
         config.data.window = int(np.clip(WINDOW_BYTES / (config.data.streams * mean_bytes), *WINDOW_RANGE))
     shards = [Shard(file.name, found.samples, file.source) for file, found in zip(files, summaries, strict=True)]
-    train = TrainData(files, _order(config, shards, data.train.weights), damaged)
+    if data.negatives_key is not None:
+        require_negatives(files, summaries, data.negatives_key)
+    teachers = find_teachers(files, summaries, [(one["image"], one["text"]) for one in config.loss.teachers])
+    train = TrainData(files, _order(config, shards, data.train.weights), damaged, teachers)
     _agree(train.order.fingerprint, runtime)
     return train
 
@@ -154,6 +164,7 @@ def build_loader(
 ) -> TrainLoader | SyntheticLoader:
     """This rank's batches from ``positions`` Int64[V] on."""
     data = config.data
+    image_ids = config.loss.mask_duplicates in (MaskDuplicates.image, MaskDuplicates.both)
     if data.builtin is Builtin.synthetic:
         return SyntheticLoader(
             train.order,
@@ -164,6 +175,7 @@ def build_loader(
             image_size=config.model.vision.image_size,
             tokenizer=tokenizer,
             pin_memory=runtime.device.type == "cuda",
+            image_ids=image_ids,
         )
     vision, jitter, scale = config.model.vision, data.color_jitter, data.crop_scale
     image = ImageOptions(
@@ -186,7 +198,16 @@ def build_loader(
         world=runtime.world,
         global_batch_size=config.global_batch_size,
         options=SampleOptions(
-            tuple(data.image_keys), data.caption_key, image, config.seed, data.clean_captions, data.long_caption
+            tuple(data.image_keys),
+            data.caption_key,
+            image,
+            config.seed,
+            data.clean_captions,
+            data.long_caption,
+            image_ids,
+            data.negatives_key,
+            data.negatives_per_sample,
+            train.teachers,
         ),
         tokenizer=tokenizer,
         workers=data.workers,

@@ -42,7 +42,8 @@ def make_batch(step: int, share: slice) -> Batch:
     lengths = torch.randint(2, 12, (B,), generator=generator)
     captions = [torch.randint(0, 62, (int(n),), generator=generator) for n in lengths]
     captions = [torch.cat([c[:-1], torch.tensor([63])]).int() for c in captions]
-    return Batch(images[share], torch.cat(captions[share]), lengths[share].int(), torch.zeros(1, dtype=torch.int64), [])
+    no_positions, caption_ids = torch.zeros(1, dtype=torch.int64), torch.arange(B)[share]
+    return Batch(images[share], torch.cat(captions[share]), lengths[share].int(), no_positions, [], caption_ids)
 
 
 def build(config: Config) -> TrainStep:

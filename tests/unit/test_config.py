@@ -132,6 +132,9 @@ def test_all_cross_field_mistakes_come_at_once() -> None:
         (["optim.eps=-1"], "optim.eps"),
         (["seed=99999999999999999999"], "seed=99999999999999999999 must lie"),
         (["name=''"], "is no name"),
+        (["data.negatives_per_sample=0"], "data.negatives_per_sample=0 must be 1 or more"),
+        (["data.negatives_key=json:captions"], "data.negatives_key=json:captions is not where"),
+        (["data=synthetic", "data.negatives_key=txt2"], "data=synthetic has no negatives"),
     ],
 )
 def test_cross_field_mistakes(overrides: list[str], message: str) -> None:

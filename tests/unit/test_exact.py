@@ -13,25 +13,33 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import ArrayLike
 
 from clipscale.data import loader
-from clipscale.data.loader import Batch, SampleOptions, TrainLoader
+from clipscale.data.embeddings import StoredTeacher
+from clipscale.data.loader import Batch, TrainLoader
 from clipscale.data.manifest import ShardFile
 from clipscale.data.order import SampleOrder
+from clipscale.data.prepare import SampleOptions
 from clipscale.data.samples import ImageOptions
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.errors import DataError
-from tests.oracle import Expected, Oracle, Starved, Truth
+from tests.oracle import NEGATIVES, Expected, Oracle, Starved, Truth
 from tests.shards import STORE, WORDS, jpeg
 
 STREAMS = 24
 WORLDS, WORKERS = (1, 2, 3, 4, 6, 8), (0, 1, 2, 5)
 BAD = ("broken", "empty", "no_image", "no_captions", "twice")
 WEIGHTS = (0.25, 0.3, 0.5, 1, 1, 1.5, 2, 3.7)
+EXTRAS = {
+    "image_ids": True, "negatives_key": "json:negatives", "negatives_per_sample": NEGATIVES,
+    "teachers": (StoredTeacher("t.image.npy", "t.text.npy", 16),),
+}  # fmt: skip
 IMAGE = ImageOptions(8, (0.4, 1.0), (0.75, 4 / 3), 10**6)
 
 
@@ -49,7 +57,7 @@ class Case:
     """Shards, an order over them, and a chain of runs.
 
     ``counts`` and ``sources`` per shard; ``kinds`` of the bad samples by number; ``cuts``, the share of its bytes that
-    a damaged shard keeps.
+    a damaged shard keeps; with ``extras``, batches hold what the loss may ask for beside pairs.
     """
 
     counts: tuple[int, ...]
@@ -61,6 +69,7 @@ class Case:
     window: int
     per_stream: int
     chain: tuple[Stretch, ...]
+    extras: bool
 
 
 def draw_case(seed: int, workers: Sequence[int] = (0,)) -> Case:
@@ -86,6 +95,7 @@ def draw_case(seed: int, workers: Sequence[int] = (0,)) -> Case:
             Stretch(draw.choice(WORLDS), draw.choice(workers), draw.randint(1, 3))
             for _ in range(draw.randint(1, 4))
         ),
+        seed % 3 == 0,
     )  # fmt: skip
 
 
@@ -95,23 +105,45 @@ def captions(number: int) -> list[str]:
     return [f" a {' '.join(words * (1 + i * (number % 4)))} thing {i} " for i in range(1 + number % 3)]
 
 
+def negatives(number: int) -> list[str]:
+    """Two to four different texts and one twice; of some samples, one is a caption, others are equal when cut."""
+    texts = [f"{'no ' * (12 * (number % 2))}{word} thing {number} " for word in WORDS[number % 7 :][: 2 + number % 3]]
+    return [*texts, texts[0].strip(), *captions(number)[:1]] if number % 3 else texts
+
+
+def embedding(number: int, place: int) -> list[float]:
+    """A teacher's, of the image (place 0) or of a caption: its norm is 1, and so are sums of it exact."""
+    return [0.25 if number + 4096 * place >> bit & 1 else -0.25 for bit in range(16)]
+
+
 @cache
-def members(number: int, kind: str) -> list[tuple[str, bytes]]:
+def members(number: int, kind: str, extras: bool) -> list[tuple[str, bytes]]:
     """Suffixes and contents of a sample's files; image and captions take turns in coming first."""
-    told = ["", " "] if kind == "empty" else [*captions(number), "  "]
+    told: dict[str, Any] = {"captions": ["", " "] if kind == "empty" else ["  ", *captions(number)]}
+    if number % 5:
+        told["negatives"] = negatives(number)[0] if number % 5 == 1 else [None, *negatives(number), ""]
     files = [
         ("jpg", b"\xff\xd8broken" if kind == "broken" else jpeg(number, 12 + 4 * (number % 3))),
-        ("json", json.dumps({"captions": told}).encode()),
+        ("json", json.dumps(told).encode()),
     ]
     if kind == "twice":
         files.append(files[1])
+    if extras:
+        texts = [[7.0] * 16, *(embedding(number, 1 + i) for i in range(len(captions(number))))]
+        files += [("t.image.npy", npy(3 * np.array(embedding(number, 0), np.float16))), ("t.text.npy", npy(texts))]
     if number % 2:
         files.reverse()
     absent = {"no_image": "jpg", "no_captions": "json"}.get(kind)
     return [(suffix, data) for suffix, data in files if suffix != absent]
 
 
-def truth(name: str, number: int, kind: str, suffixes: Sequence[str]) -> Truth:
+def npy(values: ArrayLike) -> bytes:
+    out = io.BytesIO()
+    np.save(out, values)
+    return out.getvalue()
+
+
+def truth(name: str, number: int, kind: str, suffixes: Sequence[str], extras: bool) -> Truth:
     """What a sane loader makes of a sample of which these files are whole."""
     if suffixes.count("json") > 1:
         return Truth(name, "duplicate_member")
@@ -119,20 +151,28 @@ def truth(name: str, number: int, kind: str, suffixes: Sequence[str]) -> Truth:
         return Truth(name, "no_captions")
     if kind == "empty":
         return Truth(name, "empty_caption")
+    if extras and not {"t.image.npy", "t.text.npy"} <= {*suffixes}:
+        return Truth(name, "no_teacher_embedding")
     if "jpg" not in suffixes:
         return Truth(name, "no_image")
     if kind == "broken":
         return Truth(name, "undecodable_image")
     told = tuple(caption.strip() for caption in captions(number))
-    return Truth(name, "", jpeg(number, 12 + 4 * (number % 3)), told)
+    wrong = negatives(number) if number % 5 else []
+    if number % 5 == 1:
+        wrong = wrong[:1]
+    embeddings = tuple(embedding(number, place) for place in range(1 + len(told)))
+    return Truth(name, "", jpeg(number, 12 + 4 * (number % 3)), told, tuple(text.strip() for text in wrong), embeddings)
 
 
-def write_shard(path: Path, numbers: Sequence[int], kinds: Mapping[int, str], cut: float | None) -> list[Truth]:
+def write_shard(
+    path: Path, numbers: Sequence[int], kinds: Mapping[int, str], cut: float | None, extras: bool
+) -> list[Truth]:
     """Write numbered samples, of which ``cut`` keeps a share of the bytes; returns what is left of them."""
     raw, ends = io.BytesIO(), []
     with tarfile.open(fileobj=raw, mode="w") as archive:
         for number in numbers:
-            for suffix, data in members(number, kinds.get(number, "")):
+            for suffix, data in members(number, kinds.get(number, ""), extras):
                 info = tarfile.TarInfo(f"{number:05d}.{suffix}")
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
@@ -141,7 +181,7 @@ def write_shard(path: Path, numbers: Sequence[int], kinds: Mapping[int, str], cu
     path.write_bytes(content)
     left = [(number, suffix) for number, suffix, end in ends if end <= len(content)]
     return [
-        truth(f"{path.name}/{number:05d}", number, kinds.get(number, ""), [suffix for _, suffix in files])
+        truth(f"{path.name}/{number:05d}", number, kinds.get(number, ""), [suffix for _, suffix in files], extras)
         for number, files in groupby(left, key=lambda file: file[0])
     ]
 
@@ -151,7 +191,7 @@ def write(case: Case, directory: Path) -> tuple[list[ShardFile], list[list[Truth
     files, truths, number = [], [], 0
     for i, (count, source) in enumerate(zip(case.counts, case.sources, strict=True)):
         path = directory / f"{i:03d}.tar"
-        truths.append(write_shard(path, range(number, number + count), case.kinds, case.cuts.get(i)))
+        truths.append(write_shard(path, range(number, number + count), case.kinds, case.cuts.get(i), case.extras))
         files.append(ShardFile(STORE, str(path), source))
         number += count
     return files, truths
@@ -168,8 +208,8 @@ def make_loader(
 ) -> TrainLoader:  # fmt: skip
     return TrainLoader(
         order, files, positions, rank=rank, world=world, global_batch_size=case.per_stream * order.streams,
-        options=SampleOptions(("jpg",), "json:captions", IMAGE, case.seed), tokenizer=tokenizer, workers=workers,
-        pin_memory=False,
+        options=SampleOptions(("jpg",), "json:captions", IMAGE, case.seed, **(EXTRAS if case.extras else {})),
+        tokenizer=tokenizer, workers=workers, pin_memory=False,
     )  # fmt: skip
 
 
@@ -192,8 +232,9 @@ def check(case: Case, directory: Path, tokenizer: Tokenizer) -> None:
     files, truths = write(case, directory)
     assert [file.index.samples for file in files] == [len(shard) for shard in truths], case
     oracle = Oracle(
-        truths, case.sources, case.weights, case.seed, STREAMS, case.window, case.per_stream, IMAGE, tokenizer
-    )
+        truths, case.sources, case.weights, case.seed, STREAMS, case.window, case.per_stream, IMAGE, tokenizer,
+        case.extras,
+    )  # fmt: skip
     positions = [0] * STREAMS
     with closing(follow(case, files, tokenizer)) as batches:
         for number in range(sum(stretch.batches for stretch in case.chain)):
@@ -215,6 +256,13 @@ def assert_equal(batch: Batch, expected: Expected, what: str) -> None:
     assert batch.text_ids.tolist() == expected.ids, what
     assert batch.truncated == expected.truncated, what
     assert torch.equal(batch.images, torch.stack(expected.images)), what
+    assert batch.caption_ids.tolist() == expected.caption_ids, what
+    for name in ("image_ids", "negative_ids", "negative_lengths"):
+        found = getattr(batch, name)
+        assert ([] if found is None else found.tolist()) == getattr(expected, name), f"{name} of {what}"
+    for images, texts in batch.teachers:
+        assert list(zip(images.tolist(), texts.tolist(), strict=True)) == expected.teacher, what
+    assert len(batch.teachers) == bool(expected.teacher), what
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ import pytest
 from clipscale.config.data import LongCaption
 from clipscale.data import loader
 from clipscale.data.index import ShardIndex, walk
-from clipscale.data.loader import SampleOptions, TrainLoader
+from clipscale.data.loader import TrainLoader
 from clipscale.data.manifest import ShardFile, expand_shards
 from clipscale.data.order import SampleOrder
+from clipscale.data.prepare import SampleOptions
 from clipscale.data.samples import ImageOptions
 from clipscale.data.stream import read_samples, read_stream
 from clipscale.data.tokenizer import Tokenizer

@@ -21,7 +21,7 @@ from clipscale.apps.data.summaries import Top
 from clipscale.config.data import Data
 from clipscale.data.index import Declared
 from clipscale.data.manifest import ShardFile
-from clipscale.data.samples import BadSample, Member
+from clipscale.data.samples import BadSample, Member, list_members
 from clipscale.data.stream import read_samples
 from clipscale.errors import DataError, ExitCode
 
@@ -103,7 +103,7 @@ class _Found:
         except BadSample as error:
             self.bad.append((key, str(error)))
             if str(error).startswith("no_"):
-                self.held.add([_holds(sample)])
+                self.held.add([shown(list_members(sample), 160)])
             return
         self.captions.add({caption[:CAPTION_CHARACTERS] for caption in captions})
         found = {*image_warnings(image.shape[-1], image.shape[-2]), *(w for c in captions for w in caption_warnings(c))}
@@ -178,16 +178,6 @@ def differences(file: ShardFile, declared: Declared) -> list[str]:
     if file.summary.samples != declared.samples:
         found.append(f"holds {file.summary.samples:,} samples, {said} {declared.samples:,}")
     return found
-
-
-def _holds(sample: Member) -> str:
-    """The members of a sample and the fields of its JSON, to say where a caption could be found."""
-    try:
-        fields = json.loads(sample.members["json"])
-    except (KeyError, ValueError, RecursionError):
-        fields = None
-    inside = ", ".join(sorted(fields)) if isinstance(fields, dict) and fields else ""
-    return shown(", ".join(f"json ({inside})" if k == "json" and inside else k for k in sorted(sample.members)), 160)
 
 
 def _example(tasks: Sequence[_Task], pair: Sequence[tuple[int, int]]) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""A look at some training samples before training: whether they hold what the loss asks for beside pairs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from clipscale.data.embeddings import StoredTeacher, read_embeddings
+from clipscale.data.manifest import ShardFile, Summary
+from clipscale.data.samples import BadSample, Member, find_negatives, list_members
+from clipscale.data.stream import read_samples
+from clipscale.errors import DataError
+
+MOST_SHARDS, MOST_SAMPLES = 64, 2048  # that are looked at, where nothing is found before
+
+
+def require_negatives(files: Sequence[ShardFile], summaries: Sequence[Summary], key: str) -> None:
+    """Raise DataError when no sample that is looked at has a hard negative: the key is wrong then."""
+    seen, held = 0, ""
+    for sample in _some(files, summaries):
+        if find_negatives(sample, key):
+            return
+        seen, held = seen + 1, held or _on_one_line(list_members(sample))
+    raise DataError(
+        f"data.negatives_key={key}: none of the {seen} samples that were looked at has a text there; the first holds "
+        f"{held or 'nothing'}; null turns hard negatives off"
+    )
+
+
+def find_teachers(
+    files: Sequence[ShardFile], summaries: Sequence[Summary], members: Sequence[tuple[str, str]]
+) -> tuple[StoredTeacher, ...]:
+    """The teachers whose embeddings stand in these members, of image and text; the first sample tells the dimension.
+
+    Raises DataError for members of which no sample that is looked at holds both.
+    """
+    return tuple(_find_teacher(files, summaries, image, text) for image, text in members)
+
+
+def _find_teacher(files: Sequence[ShardFile], summaries: Sequence[Summary], image: str, text: str) -> StoredTeacher:
+    reasons, held = Counter[str](), ""
+    for sample in _some(files, summaries):
+        try:
+            vectors = read_embeddings(sample, image), read_embeddings(sample, text)
+            if vectors[0].shape[1] == vectors[1].shape[1]:
+                return StoredTeacher(image, text, vectors[0].shape[1])
+            reasons["image and text of different dimensions"] += 1
+        except BadSample as error:
+            reasons[str(error)] += 1
+        held = held or _on_one_line(list_members(sample))
+    found = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
+    raise DataError(
+        f"loss.teachers: no sample that was looked at holds embeddings in {image} and {text} ({found or 'no sample'}); "
+        f"the first holds {held or 'nothing'}"
+    )
+
+
+def _some(files: Sequence[ShardFile], summaries: Sequence[Summary]) -> Iterator[Member]:
+    """Samples of shards over all the list, so that one source among many is met; the same on every rank."""
+    holding = [(file, found.samples) for file, found in zip(files, summaries, strict=True) if found.samples]
+    chosen = holding[:: -(-len(holding) // MOST_SHARDS)]
+    for file, samples in chosen:
+        some = read_samples(file, 0, min(samples, -(-MOST_SAMPLES // len(chosen))))
+        yield from (sample for sample in some if not sample.problem)
+
+
+def _on_one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)[:160]
