@@ -26,6 +26,13 @@ class MaskDuplicates(Enum):
     both = "both"
 
 
+class LossDtype(Enum):
+    """What features are rounded to before they are compared; sums are fp32 in each."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 class ScheduleName(Enum):
     """Learning-rate schedules, all in samples."""
 
@@ -57,8 +64,18 @@ class Loss:
     mask_duplicates: MaskDuplicates = fixed(MaskDuplicates.none)
     """Pairs off the diagonal that leave the denominators, for they are no negatives: those of equal captions (`text`),
     of equal images (`image`), or of either (`both`); `none` keeps all."""
+    label_smoothing: float = fixed(0.0)
+    """Part of the softmax loss's target that is spread evenly over all that an image or a text is compared with."""
     teachers: list[Any] = fixed([])
-    """Teachers to distil from. `{image: MEMBER, text: MEMBER}` is one whose embeddings are stored with the samples."""
+    """Teachers to distil from: runs or checkpoints of clipscale, or `{image: MEMBER, text: MEMBER, logit_scale: 100}`,
+    embeddings that are stored with the samples and the multiplier on their similarities."""
+    teacher_weight: float = fixed(0.5)
+    """Part of the target that is the teachers' mean softmax; the rest is the pair itself."""
+    dtype: LossDtype = event(LossDtype.fp32)
+    """What features are rounded to before the loss: `bf16` sends half as much between ranks and multiplies on tensor
+    cores; its sums are fp32 all the same."""
+    cache_mb: float = free(64.0)
+    """Megabytes of the softmax loss's exponentials that are kept for the backward pass, to make it faster."""
 
     @property
     def first_bias(self) -> float | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from clipscale.config.data import Builtin, Data
-from clipscale.config.optim import Optim
+from clipscale.config.optim import LossName
 from clipscale.config.schema import Config
 from clipscale.errors import ConfigError
 
@@ -29,7 +30,8 @@ def usable_processes(streams: int, world: int) -> int:
 
 def validate(config: Config) -> None:
     """Check that this configuration can be run. Raises ConfigError that lists all that is wrong."""
-    found = [*_sizes(config), *_batch(config), *_microbatches(config.optim), *_data(config), *_training(config)]
+    checks = (_sizes, _batch, _microbatches, _data, _loss, _training)
+    found = [mistake for check in checks for mistake in check(config)]
     if len(found) == 1:
         raise ConfigError(found[0])
     if found:
@@ -87,8 +89,8 @@ def _batch(config: Config) -> Iterator[str]:
         )
 
 
-def _microbatches(optim: Optim) -> Iterator[str]:
-    count, most = optim.microbatches, optim.max_microbatch
+def _microbatches(config: Config) -> Iterator[str]:
+    count, most = config.optim.microbatches, config.optim.max_microbatch
     if count != "auto" and (type(count) is not int or count < 1):
         yield f"optim.microbatches={count}: choose auto or a number, 1 or more"
     if most is not None and most < 1:
@@ -120,7 +122,6 @@ def _data(config: Config) -> Iterator[str]:
         if budget is not None and not 0 <= budget <= 1:
             yield f"data.{key}={budget} must lie in [0, 1]; null is no limit"
     yield from _negatives(data)
-    yield from _teachers(config)
     length = config.tokenizer.context_length
     if length is not None and length > config.model.context_length:
         yield (
@@ -138,16 +139,45 @@ def _negatives(data: Data) -> Iterator[str]:
         yield f"data.negatives_key={data.negatives_key}: data=synthetic has no negatives; use data.negatives_key=null"
 
 
-def _teachers(config: Config) -> Iterator[str]:
-    for teacher in config.loss.teachers:
-        is_stored = isinstance(teacher, dict) and set(teacher) == {"image", "text"}
-        if not is_stored or not all(isinstance(member, str) for member in teacher.values()):
-            yield (
-                f"loss.teachers: {teacher} does not name the members of a teacher's embeddings; write "
-                "{image: MEMBER, text: MEMBER}"
-            )
-        elif config.data.builtin is Builtin.synthetic:
-            yield f"loss.teachers: data=synthetic has no member {teacher['image']}; use loss.teachers=[]"
+def _loss(config: Config) -> Iterator[str]:
+    loss = config.loss
+    for key, share in (("label_smoothing", loss.label_smoothing), ("teacher_weight", loss.teacher_weight)):
+        if not 0 <= share <= 1:
+            yield f"loss.{key}={share} must lie in [0, 1]"
+    if loss.cache_mb < 0:
+        yield f"loss.cache_mb={loss.cache_mb} must be 0 or more"
+    if loss.teachers and loss.label_smoothing + loss.teacher_weight > 1:
+        yield (
+            f"loss.label_smoothing={loss.label_smoothing} and loss.teacher_weight={loss.teacher_weight} are parts of "
+            "one target, together at most 1"
+        )
+    if loss.name is not LossName.clip and loss.label_smoothing:
+        yield f"loss.label_smoothing={loss.label_smoothing}: only loss=clip has labels to smooth"
+    if loss.name is not LossName.clip and loss.teachers:
+        yield f"loss.teachers={loss.teachers}: only loss=clip has a softmax to distil into"
+    for teacher in loss.teachers:
+        yield from _teacher(config, teacher)
+
+
+def _teacher(config: Config, teacher: Any) -> Iterator[str]:
+    if isinstance(teacher, str):
+        return
+    keys = set(teacher) if isinstance(teacher, dict) else set()
+    members = [teacher[key] for key in ("image", "text") if key in keys]
+    scale = teacher.get("logit_scale", 1) if keys else 1
+    if (
+        len(members) < 2
+        or not keys <= {"image", "text", "logit_scale"}
+        or not all(isinstance(member, str) for member in members)
+        or not isinstance(scale, int | float)
+        or not scale > 0
+    ):
+        yield (
+            f"loss.teachers: {teacher} is neither a run nor names the members of a teacher's embeddings; write RUN or "
+            "{image: MEMBER, text: MEMBER, logit_scale: 100}"
+        )
+    elif config.data.builtin is Builtin.synthetic:
+        yield f"loss.teachers: data=synthetic has no member {teacher['image']}; use loss.teachers=[]"
 
 
 def _training(config: Config) -> Iterator[str]:

@@ -95,17 +95,33 @@ class Batch:
     def cut(self, count: int) -> list[Batch]:
         """``count`` microbatches of consecutive pairs, whose sizes differ by one at most; none is empty if B >= count.
 
-        What is told of the batch as a whole (``bad``, ``truncated``) is not told of them.
+        They hold what the towers take; what the loss takes beside features, and what is told of the batch, they do not.
         """
         if count == 1:
             return [self]
-        images, lengths = self.images.tensor_split(count), self.text_lengths.tensor_split(count)
-        ids = self.text_ids.split([int(part.sum()) for part in lengths])
-        keys = iter(self.keys)
+        images, keys = self.images.tensor_split(count), iter(self.keys)
+        captions = _cut_packed(self.text_ids, self.text_lengths, count)
+        negatives: list[Any] = [(None, None)] * count
+        if self.negative_ids is not None and self.negative_lengths is not None:
+            negatives = _cut_packed(self.negative_ids, self.negative_lengths.view(len(self.images), -1), count)
         return [
-            Batch(*tensors, self.positions, list(islice(keys, len(tensors[0]))))
-            for tensors in zip(images, ids, lengths, strict=True)
+            Batch(
+                part,
+                *captions[i],
+                self.positions,
+                list(islice(keys, len(part))),
+                self.caption_ids.tensor_split(count)[i],
+                negative_ids=negatives[i][0],
+                negative_lengths=negatives[i][1],
+            )
+            for i, part in enumerate(images)
         ]
+
+
+def _cut_packed(ids: torch.Tensor, lengths: torch.Tensor, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Packed captions of ``lengths`` Int[B] or Int[B, k] in ``count`` parts of consecutive rows, each packed."""
+    parts = lengths.tensor_split(count)
+    return list(zip(ids.split([int(part.sum()) for part in parts]), [part.reshape(-1) for part in parts], strict=True))
 
 
 def _room_for_images(count: int, size: int) -> torch.Tensor:

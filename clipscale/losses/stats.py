@@ -12,14 +12,14 @@ from clipscale.losses.globalbatch import GlobalBatch, PairIds, duplicate_fractio
 class LossStats(NamedTuple):
     """Over the global batch, equal on every rank; each Float64[], still on the device.
 
-    ``image_top1`` and ``text_top1``: share of images whose own text, and of texts whose own image, no other candidate
+    ``i2t_top1`` and ``t2i_top1``: share of images whose own text, and of texts whose own image, no other candidate
     of the batch surpasses; candidates are what the loss compares with. ``positive_logit`` and ``negative_logit``: mean
     logits of the pairs and of all other image-text combinations. ``duplicate_fraction``: share of pairs whose image or
     text id another pair has too, the larger of the two; NaN without ``pair_ids``.
     """
 
-    image_top1: torch.Tensor
-    text_top1: torch.Tensor
+    i2t_top1: torch.Tensor
+    t2i_top1: torch.Tensor
     positive_logit: torch.Tensor
     negative_logit: torch.Tensor
     duplicate_fraction: torch.Tensor

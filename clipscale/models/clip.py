@@ -17,11 +17,13 @@ from clipscale.models.vision import VisionTower
 
 
 class Features(NamedTuple):
-    """What the loss needs: ``image`` and ``text`` Float[B, D], L2-normalised fp32; the multiplier and the bias on
-    their similarities, Float[1]; the bias is None for the softmax loss."""
+    """What the loss needs: ``image`` and ``text`` Float[B, D], L2-normalised fp32; ``extra_text`` Float[P, D] of
+    captions beyond those of the images; the multiplier and the bias on their similarities, Float[1]; the bias is None
+    for the softmax loss."""
 
     image: torch.Tensor
     text: torch.Tensor
+    extra_text: torch.Tensor
     logit_scale: torch.Tensor
     logit_bias: torch.Tensor | None
 
@@ -67,10 +69,13 @@ class CLIP(nn.Module):
     def forward(
         self, images: torch.Tensor, text_ids: torch.Tensor, text_lengths: torch.Tensor, longest: int | None = None
     ) -> Features:
-        """Features of a batch of B pairs: ``images`` as VisionTower takes them, captions packed as TextTower does."""
+        """Features of a batch of B pairs: ``images`` as VisionTower takes them, captions packed as TextTower does.
+
+        Captions beyond the first B belong to no image.
+        """
         image = _normalize(self.visual(images))
-        text = _normalize(self.text(text_ids, text_lengths, longest))
-        return Features(image, text, *self.temperature())
+        text, extra_text = _normalize(self.text(text_ids, text_lengths, longest)).tensor_split([len(images)])
+        return Features(image, text, extra_text, *self.temperature())
 
     def encode_image(self, images: torch.Tensor, normalize: bool = False) -> torch.Tensor:
         """Float[B, D] of UInt8[B, 3, S, S] (normalised inside) or Float[B, 3, S, S] (taken as normalised already)."""

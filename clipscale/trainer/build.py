@@ -122,7 +122,8 @@ def build_train_data(config: Config, data: Data, store: ShardStore, runtime: Run
     shards = [Shard(file.name, found.samples, file.source) for file, found in zip(files, summaries, strict=True)]
     if data.negatives_key is not None:
         require_negatives(files, summaries, data.negatives_key)
-    teachers = find_teachers(files, summaries, [(one["image"], one["text"]) for one in config.loss.teachers])
+    stored = [(one["image"], one["text"]) for one in config.loss.teachers if isinstance(one, dict)]
+    teachers = find_teachers(files, summaries, stored)
     train = TrainData(files, _order(config, shards, data.train.weights), damaged, teachers)
     _agree(train.order.fingerprint, runtime)
     return train

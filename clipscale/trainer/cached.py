@@ -37,23 +37,34 @@ def backward_through_parts(
         kept = forward(last)  # its graph is the one that there is room for: one forward pass less
         batch = _leaves([*seen, kept])
         loss = backward(batch)
-        images = _gradient(batch.image).split([len(part.image) for part in (*seen, kept)])
-        texts = _gradient(batch.text).split([len(part.text) for part in (*seen, kept)])
+        gradients = _gradients_of_parts(batch, [*seen, kept])
         # First, not last: DDP reduces in the backward pass of a forward pass that was made outside of this context. Of
         # one that was made in it, the gradients would stay each rank's own, without a word.
-        torch.autograd.backward([kept.image, kept.text], [images[last], texts[last]])
+        torch.autograd.backward(_outputs(kept), gradients[last])
         for i in range(last - 1):
-            part = forward(i)
-            torch.autograd.backward([part.image, part.text], [images[i], texts[i]])
+            torch.autograd.backward(_outputs(forward(i)), gradients[i])
     part = forward(last - 1)
-    outputs, gradients = [part.image, part.text], [images[last - 1], texts[last - 1]]
+    outputs, given = _outputs(part), gradients[last - 1]
     # The temperature is no part's own: it gets its gradient once, and here, where DDP waits for every parameter's.
     for output, leaf in ((part.logit_scale, batch.logit_scale), (part.logit_bias, batch.logit_bias)):
         if output is not None and leaf is not None:
             outputs.append(output)
-            gradients.append(_gradient(leaf))
-    torch.autograd.backward(outputs, gradients)
+            given.append(_gradient(leaf))
+    torch.autograd.backward(outputs, given)
     return loss
+
+
+def _outputs(part: Features) -> list[torch.Tensor]:
+    """The features of a part, which its rows alone determine."""
+    outputs = [part.image, part.text]
+    return [*outputs, part.extra_text] if len(part.extra_text) else outputs
+
+
+def _gradients_of_parts(batch: Features, parts: Sequence[Features]) -> list[list[torch.Tensor]]:
+    of_outputs = [
+        _gradient(leaf).split([len(_outputs(part)[i]) for part in parts]) for i, leaf in enumerate(_outputs(batch))
+    ]
+    return [list(of_part) for of_part in zip(*of_outputs, strict=True)]
 
 
 def _leaves(parts: Sequence[Features]) -> Features:
@@ -62,6 +73,7 @@ def _leaves(parts: Sequence[Features]) -> Features:
     return Features(
         _leaf(torch.cat([part.image for part in parts])),
         _leaf(torch.cat([part.text for part in parts])),
+        _leaf(torch.cat([part.extra_text for part in parts])),
         _leaf(scale),
         None if bias is None else _leaf(bias),
     )

@@ -14,11 +14,12 @@ from clipscale.data.loader import Batch, step_seed
 from clipscale.distributed.collectives import whole
 from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError
-from clipscale.losses import LOSSES
+from clipscale.losses import LossStats
 from clipscale.models import CLIP, Features
 from clipscale.optim import Ema
 from clipscale.parallel import Parallelized, has_batchnorm, towers_autocast
 from clipscale.trainer.cached import backward_through_parts
+from clipscale.trainer.objective import Objective
 
 
 @dataclass
@@ -31,9 +32,11 @@ class TrainStep:
     config: Config
     runtime: Runtime
     laid_out: Parallelized
+    objective: Objective
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: Ema | None
+    _stats: LossStats | None = None  # of the last step, if they were asked for
     _norm: torch.Tensor | None = None  # of the gradient before clipping; None if nothing is clipped
 
     def __post_init__(self) -> None:
@@ -52,12 +55,12 @@ class TrainStep:
         """The model that owns the parameters."""
         return self.laid_out.model
 
-    def __call__(self, batch: Batch, samples_seen: int, lr: float) -> torch.Tensor:
+    def __call__(self, batch: Batch, samples_seen: int, lr: float, stats: bool = False) -> torch.Tensor:
         """Train on this rank's part of a batch that begins after ``samples_seen``. Returns the loss of the global
-        batch, Float[], still on the device."""
+        batch, Float[], still on the device; after one with ``stats``, :meth:`statistics` tells more."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._backward(batch, samples_seen)
+        loss = self._backward(batch, samples_seen, stats)
         self.scaler.unscale_(self.optimizer)
         if self.config.optim.clip_grad_norm is not None:
             self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad_norm)
@@ -68,7 +71,7 @@ class TrainStep:
             self.ema.update()
         return loss
 
-    def _backward(self, batch: Batch, samples_seen: int) -> torch.Tensor:
+    def _backward(self, batch: Batch, samples_seen: int, stats: bool) -> torch.Tensor:
         """Give the parameters their gradients, scaled as the scaler likes. Returns the loss, detached."""
         parts = batch.cut(self._microbatches)
 
@@ -79,7 +82,7 @@ class TrainStep:
             return self._features(parts[i])
 
         def backward(features: Features) -> torch.Tensor:
-            loss = self._loss(features)
+            loss, self._stats = self.objective(features, batch, parts, stats)
             self.scaler.scale(loss).backward()
             return loss.detach()
 
@@ -88,17 +91,20 @@ class TrainStep:
         return backward_through_parts(forward, len(parts), backward, self.laid_out.without_sync)
 
     def _features(self, batch: Batch) -> Features:
-        device = self.runtime.device
-        images = batch.images.to(device, non_blocking=True)
-        ids = batch.text_ids.to(device, non_blocking=True)
-        lengths = batch.text_lengths.to(device, non_blocking=True)
+        device, ids, lengths = self.runtime.device, batch.text_ids, batch.text_lengths
+        if batch.negative_ids is not None and batch.negative_lengths is not None:
+            ids = torch.cat([ids, batch.negative_ids])
+            lengths = torch.cat([lengths, batch.negative_lengths[batch.negative_lengths > 0]])
+        inputs = [tensor.to(device, non_blocking=True) for tensor in (batch.images, ids, lengths)]
         # A context for each pass: the casts that autocast keeps from one without a graph have none.
         with towers_autocast(self.config.precision.name, device):
-            return self.laid_out.module(images, ids, lengths, int(batch.text_lengths.max()))
-
-    def _loss(self, features: Features) -> torch.Tensor:
-        """Loss of the global batch, of which ``features`` are this rank's pairs."""
-        return LOSSES[self.config.loss.name.value](*features)
+            features = self.laid_out.module(*inputs, int(lengths.max()))
+        if batch.negative_lengths is None:
+            return features
+        # Those that a sample lacks are rows of zeros, as the loss takes them.
+        places = batch.negative_lengths.nonzero()[:, 0].to(device, non_blocking=True)
+        room = features.extra_text.new_zeros(len(batch.negative_lengths), features.extra_text.shape[1])
+        return features._replace(extra_text=room.index_copy(0, places, features.extra_text))
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all parameters of all ranks, before it was clipped."""
@@ -108,6 +114,11 @@ class TrainStep:
     def logit_scale(self) -> float:
         """The multiplier on similarities."""
         return math.exp(whole(self.model.logit_scale.detach()).item())
+
+    def statistics(self) -> dict[str, float]:
+        """Numbers about the last step's batch, if its call asked for them."""
+        found = self._stats._asdict() if self._stats is not None else {}
+        return {f"train/{name}": value.item() for name, value in found.items()}
 
     def zero_grad(self) -> None:
         """Drop the gradients; kept until here so that their norm can be read."""

@@ -33,6 +33,7 @@ from clipscale.parallel import build_scaler, parallelize
 from clipscale.telemetry import Meters, Sinks, evaluated_at, last_values
 from clipscale.trainer.account import Account, listed
 from clipscale.trainer.build import build_loader, build_store, build_train_data, eval_context, place_data, run_path
+from clipscale.trainer.objective import build_objective
 from clipscale.trainer.step import TrainStep
 
 log = logging.getLogger("clipscale")
@@ -59,7 +60,8 @@ class Trainer:
         optimizer = build_optimizer(self.model, config.optim)
         self.ema = Ema(self.model, config.ema.decay) if config.ema.decay is not None else None
         scaler = build_scaler(config.precision.name, runtime.device)
-        self.step = TrainStep(config, runtime, laid_out, optimizer, scaler, self.ema)
+        objective = build_objective(config, self.tokenizer, runtime.device)
+        self.step = TrainStep(config, runtime, laid_out, objective, optimizer, scaler, self.ema)
         self.evaluators = build_evaluators(self.data, self.store, config.model.vision, config.global_batch_size)
         self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
         self.saved = Saved(positions=[0] * self.train.order.streams, fingerprint=self.train.order.fingerprint)
@@ -90,11 +92,11 @@ class Trainer:
             self.sinks.close()
 
     def _train(self, batches: Iterator[Batch], stop: StopRequest) -> ExitCode:
-        config, batch_size = self.config, self.config.global_batch_size
+        config = self.config
         self._evaluate()  # what a kill in an evaluation left undone
         while not self._is_over:
             self._train_on(next(batches))
-            if self._due(config.tracking.log_every_steps * batch_size) or self._is_over:
+            if self._logs():
                 self._log()
             if self._due(config.checkpoint.every_samples) or self._is_over:
                 self._save()
@@ -104,15 +106,21 @@ class Trainer:
                 return self._finish(ExitCode.PREEMPTED)
         return self._finish(ExitCode.DONE)
 
+    def _logs(self, ahead: int = 0) -> bool:
+        """Whether this step, or the one in so many samples, is logged."""
+        config = self.config
+        is_last = self.saved.samples_seen + ahead >= config.total_samples
+        return is_last or self._due(config.tracking.log_every_steps * config.global_batch_size, ahead)
+
     @property
     def _is_over(self) -> bool:
         return self.saved.samples_seen >= self.config.total_samples
 
-    def _due(self, every_samples: int | None) -> bool:
-        """Whether this step is the first at or past a multiple of ``every_samples``."""
+    def _due(self, every_samples: int | None, ahead: int = 0) -> bool:
+        """Whether this step, or the one in so many samples, is the first at or past a multiple of ``every_samples``."""
         if not every_samples:
             return False
-        seen = self.saved.samples_seen
+        seen = self.saved.samples_seen + ahead
         return seen // every_samples > (seen - self.config.global_batch_size) // every_samples
 
     # ---- step -------------------------------------------------------------------------------------------------
@@ -136,7 +144,7 @@ class Trainer:
         self.lr = learning_rate(config.schedule, config.optim.lr, saved.samples_seen, after, config.total_samples)
         self.model.train()
         self.step.zero_grad()
-        self.loss = self.step(batch, saved.samples_seen, self.lr)
+        self.loss = self.step(batch, saved.samples_seen, self.lr, stats=self._logs(config.global_batch_size))
         saved.samples_seen, saved.step = after, saved.step + 1
         self.positions = batch.positions
         self.meters.stepped(config.global_batch_size, self.loss)
@@ -160,6 +168,7 @@ class Trainer:
         values = self.meters.read() | {
             "train/lr": self.lr,
             "train/logit_scale": self.step.logit_scale(),
+            **self.step.statistics(),
             "train/grad_norm": self.step.grad_norm(),
             "train/bad_samples": float(bad),
             "train/truncated_captions": float(truncated),

@@ -16,10 +16,11 @@ from clipscale.data.loader import Batch, step_seed
 from clipscale.distributed.collectives import average, rank, whole, world_size
 from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError
-from clipscale.losses import LOSSES
-from clipscale.models import CLIP, Features, build_model
+from clipscale.losses import clip_loss
+from clipscale.models import CLIP, build_model
 from clipscale.optim import build_optimizer
 from clipscale.parallel import build_scaler, parallelize
+from clipscale.trainer.objective import Objective
 from clipscale.trainer.step import TrainStep
 from tests.distributed.test_parallel import B, make_batch, small
 
@@ -44,7 +45,7 @@ def build(config: Config, model: CLIP, scaler: torch.amp.GradScaler | None = Non
     laid_out = parallelize(model, config.parallel, runtime.device)
     optimizer = build_optimizer(laid_out.model, config.optim)
     scaler = scaler or build_scaler(config.precision.name, runtime.device)
-    return TrainStep(config, runtime, laid_out, optimizer, scaler, None)
+    return TrainStep(config, runtime, laid_out, Objective(config), optimizer, scaler, None)
 
 
 def my_batch(number: int) -> Batch:
@@ -153,7 +154,7 @@ def kept(seed: int) -> Gradients:
         torch.manual_seed(step_seed(seed, 5 * B, rank(), i))
         parts.append(model(part.images, part.text_ids, part.text_lengths))
     image, text = (torch.cat(tensors) for tensors in list(zip(*parts, strict=True))[:2])
-    LOSSES["clip"](*Features(image, text, *parts[0][2:])).backward()
+    clip_loss(image, text, parts[0].logit_scale).backward()
     return {n: average(p.grad) for n, p in model.named_parameters() if p.grad is not None}
 
 

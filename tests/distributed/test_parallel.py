@@ -20,6 +20,7 @@ from clipscale.errors import ConfigError
 from clipscale.models import build_model
 from clipscale.optim import Ema, build_optimizer, configure
 from clipscale.parallel import build_scaler, parallelize
+from clipscale.trainer.objective import Objective
 from clipscale.trainer.step import TrainStep
 
 B = 16
@@ -54,7 +55,7 @@ def build(config: Config) -> TrainStep:
     optimizer = build_optimizer(laid_out.model, config.optim)
     ema = Ema(laid_out.model, 0.9)
     scaler = build_scaler(config.precision.name, runtime.device)
-    return TrainStep(config, runtime, laid_out, optimizer, scaler, ema)
+    return TrainStep(config, runtime, laid_out, Objective(config), optimizer, scaler, ema)
 
 
 def advance(step: TrainStep, start: int, count: int) -> list[float]:

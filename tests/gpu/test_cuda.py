@@ -16,6 +16,7 @@ from clipscale.losses import LOSSES
 from clipscale.models import build_model
 from clipscale.optim import Ema, build_optimizer
 from clipscale.parallel import build_scaler, parallelize
+from clipscale.trainer.objective import Objective
 from clipscale.trainer.step import TrainStep
 from tests.distributed.test_parallel import advance, small
 
@@ -33,7 +34,7 @@ def losses_on(device: str, overrides: list[str]) -> list[float]:
     optimizer = build_optimizer(laid_out.model, config.optim)
     scaler = build_scaler(config.precision.name, runtime.device)
     ema = Ema(laid_out.model, 0.9)
-    return advance(TrainStep(config, runtime, laid_out, optimizer, scaler, ema), 0, 3)
+    return advance(TrainStep(config, runtime, laid_out, Objective(config), optimizer, scaler, ema), 0, 3)
 
 
 @pytest.mark.parametrize(
