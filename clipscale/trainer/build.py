@@ -39,7 +39,7 @@ from clipscale.evals import EvalContext
 from clipscale.losses import LOSSES
 from clipscale.models import CLIP
 from clipscale.parallel import towers_autocast
-from clipscale.trainer.probe import find_teachers, require_negatives
+from clipscale.trainer.probe import probe
 
 T = TypeVar("T")
 
@@ -120,13 +120,10 @@ def build_train_data(config: Config, data: Data, store: ShardStore, runtime: Run
         mean_bytes = _mean_bytes(files, summaries)
         config.data.window = int(np.clip(WINDOW_BYTES / (config.data.streams * mean_bytes), *WINDOW_RANGE))
     shards = [Shard(file.name, found.samples, file.source) for file, found in zip(files, summaries, strict=True)]
-    if data.negatives_key is not None:
-        require_negatives(files, summaries, data.negatives_key)
-    stored = [(one["image"], one["text"]) for one in config.loss.teachers if isinstance(one, dict)]
-    teachers = find_teachers(files, summaries, stored)
-    train = TrainData(files, _order(config, shards, data.train.weights), damaged, teachers)
-    _agree(train.order.fingerprint, runtime)
-    return train
+    order = _order(config, shards, data.train.weights)
+    _agree(order.fingerprint, runtime)
+    teachers = once_per_node(runtime, lambda: probe(config, files, summaries))
+    return TrainData(files, order, damaged, teachers)
 
 
 def _agree(fingerprint: str, runtime: Runtime) -> None:

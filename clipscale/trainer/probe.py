@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from clipscale.config import Config
 from clipscale.data.embeddings import StoredTeacher, read_embeddings
 from clipscale.data.manifest import ShardFile, Summary
 from clipscale.data.samples import BadSample, Member, find_negatives, list_members
@@ -12,6 +13,16 @@ from clipscale.data.stream import read_samples
 from clipscale.errors import DataError
 
 MOST_SHARDS, MOST_SAMPLES = 64, 2048  # that are looked at, where nothing is found before
+
+
+def probe(config: Config, files: Sequence[ShardFile], summaries: Sequence[Summary]) -> tuple[StoredTeacher, ...]:
+    """The teachers whose embeddings stand with the samples.
+
+    Raises DataError for them, or hard negatives, where no sample that is looked at has what the configuration names.
+    """
+    if config.data.negatives_key is not None:
+        require_negatives(files, summaries, config.data.negatives_key)
+    return tuple(find_teacher(files, summaries, one["image"], one["text"]) for one in config.loss.teachers)
 
 
 def require_negatives(files: Sequence[ShardFile], summaries: Sequence[Summary], key: str) -> None:
@@ -27,17 +38,11 @@ def require_negatives(files: Sequence[ShardFile], summaries: Sequence[Summary], 
     )
 
 
-def find_teachers(
-    files: Sequence[ShardFile], summaries: Sequence[Summary], members: Sequence[tuple[str, str]]
-) -> tuple[StoredTeacher, ...]:
-    """The teachers whose embeddings stand in these members, of image and text; the first sample tells the dimension.
+def find_teacher(files: Sequence[ShardFile], summaries: Sequence[Summary], image: str, text: str) -> StoredTeacher:
+    """The teacher whose embeddings stand in these members; the first sample that holds both tells the dimension.
 
-    Raises DataError for members of which no sample that is looked at holds both.
+    Raises DataError when none that is looked at does.
     """
-    return tuple(_find_teacher(files, summaries, image, text) for image, text in members)
-
-
-def _find_teacher(files: Sequence[ShardFile], summaries: Sequence[Summary], image: str, text: str) -> StoredTeacher:
     reasons, held = Counter[str](), ""
     for sample in _some(files, summaries):
         try:

@@ -195,7 +195,7 @@ def test_options_match_registries(options: type[enum.Enum], registry: dict[str, 
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    config, _ = compose(["experiment=emoji", "ema.decay=0.99"])
+    config, _ = compose(["experiment=emoji", "ema.decay=0.99", "loss.teachers=[{image: a.i.npy, text: a.t.npy}]"])
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
 

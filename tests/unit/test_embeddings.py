@@ -20,7 +20,7 @@ from clipscale.data.manifest import summarise
 from clipscale.data.samples import BadSample, Member
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.errors import ConfigError, DataError
-from clipscale.trainer.probe import find_teachers
+from clipscale.trainer.probe import find_teacher
 from tests.shards import jpeg, shard_files, write_shard
 from tests.unit.test_prepare import first_batch
 
@@ -119,11 +119,10 @@ def test_the_first_sample_with_both_tells_the_dimension(tmp_path: Path) -> None:
     wide, narrow = npy(np.ones(5, np.float32)), npy(np.ones(4, np.float32))
     members = [{"jpg": b""}, {"i.npy": wide, "t.npy": narrow}, {"i.npy": wide, "t.npy": wide}, {"i.npy": narrow}]
     files = shard_files([write_shard(tmp_path / "a.tar", [(str(n), one) for n, one in enumerate(members)])])
-    assert find_teachers(files, summarise(files), [("i.npy", "t.npy")]) == (StoredTeacher("i.npy", "t.npy", 5),)
-    assert find_teachers(files, summarise(files), []) == ()
+    assert find_teacher(files, summarise(files), "i.npy", "t.npy") == StoredTeacher("i.npy", "t.npy", 5)
     says = r"no sample .* holds embeddings in i.npy and t.np \(4 x no_teacher_embedding\); the first holds jpg"
     with pytest.raises(DataError, match=says):
-        find_teachers(files, summarise(files), [("i.npy", "t.np")])
+        find_teacher(files, summarise(files), "i.npy", "t.np")
 
 
 def test_the_documented_shard_is_read_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +132,7 @@ def test_the_documented_shard_is_read_as_documented(tmp_path: Path, monkeypatch:
     Path("cat.jpg").write_bytes(jpeg(1))
     exec(block, {})
     files = shard_files([tmp_path / "pairs-000000.tar"])
-    (found,) = find_teachers(files, summarise(files), [("vitl.image.npy", "vitl.text.npy")])
+    found = find_teacher(files, summarise(files), "vitl.image.npy", "vitl.text.npy")
     batch = first_batch(
         files, Tokenizer("clip", 16), 4, caption_key="json:captions", negatives_key="json:negatives",
         negatives_per_sample=2, teachers=(found,), image_ids=True,
