@@ -41,11 +41,11 @@ class TrainStep:
 
     def __post_init__(self) -> None:
         pairs = self.config.global_batch_size // self.runtime.world
-        self._microbatches = self.config.optim.count_microbatches(pairs)
-        if self._microbatches > 1 and has_batchnorm(self.model):
+        self.microbatches = self.config.optim.count_microbatches(pairs)
+        if self.microbatches > 1 and has_batchnorm(self.model):
             raise ConfigError(
                 f"optim.microbatches={self.config.optim.microbatches}: BatchNorm would take the statistics of "
-                f"{self._microbatches} microbatches for those of the batch, so model.vision.timm="
+                f"{self.microbatches} microbatches for those of the batch, so model.vision.timm="
                 f"{self.config.model.vision.timm} needs optim.microbatches=1; parallel.activation_checkpointing=full "
                 "saves memory too"
             )
@@ -73,7 +73,7 @@ class TrainStep:
 
     def _backward(self, batch: Batch, samples_seen: int, stats: bool) -> torch.Tensor:
         """Give the parameters their gradients, scaled as the scaler likes. Returns the loss, detached."""
-        parts = batch.cut(self._microbatches)
+        parts = batch.cut(self.microbatches)
 
         def forward(i: int) -> Features:
             # Derived, never saved: a resumed run draws what an undisturbed one would have drawn, and a repeated forward

@@ -339,7 +339,8 @@ class Trainer:
         say = sinks.console.say
         start = f"resuming at {saved.samples_seen:,}" if saved.samples_seen else "starting"
         parameters = sum(p.numel() for p in self.model.parameters())
-        say(f"{self.path}: {start} of {config.total_samples:,} samples in batches of {config.global_batch_size}")
+        parts = f", {self.step.microbatches} microbatches on each process" if self.step.microbatches > 1 else ""
+        say(f"{self.path}: {start} of {config.total_samples:,} samples in batches of {config.global_batch_size}{parts}")
         say(
             f"  model {model_summary(config.model)}, {parameters / 1e6:.1f} M parameters; "
             f"{config.parallel.strategy.value}, {self.runtime.world} x {self.runtime.device.type}, "

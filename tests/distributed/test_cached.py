@@ -40,8 +40,8 @@ def double(config: Config) -> CLIP:
     return build_model(config.model, logit_bias=config.loss.first_bias).double()
 
 
-def build(config: Config, model: CLIP, scaler: torch.amp.GradScaler | None = None) -> TrainStep:
-    runtime = Runtime(rank(), world_size(), rank(), torch.device("cpu"))
+def build(config: Config, model: CLIP, scaler: torch.amp.GradScaler | None = None, device: str = "cpu") -> TrainStep:
+    runtime = Runtime(rank(), world_size(), rank(), torch.device(device))
     laid_out = parallelize(model, config.parallel, runtime.device)
     optimizer = build_optimizer(laid_out.model, config.optim)
     scaler = scaler or build_scaler(config.precision.name, runtime.device)
@@ -139,20 +139,20 @@ def randomised(config: Config) -> CLIP:
     return model
 
 
-def cached(overrides: list[str]) -> Gradients:
+def cached(overrides: list[str], device: str = "cpu") -> Gradients:
     config = configured([*RANDOM, *overrides])
-    step = build(config, randomised(config))
+    step = build(config, randomised(config), device=device)
     step(my_batch(0), 5 * B, 1e-3)
     return {n: whole(p.grad).clone() for n, p in step.model.named_parameters()}
 
 
-def kept(seed: int) -> Gradients:
+def kept(seed: int, device: str = "cpu") -> Gradients:
     """The same, with the graphs of all microbatches kept."""
-    model = randomised(configured(RANDOM))
+    model = randomised(configured(RANDOM)).to(device)
     parts = []
     for i, part in enumerate(my_batch(0).cut(4)):
         torch.manual_seed(step_seed(seed, 5 * B, rank(), i))
-        parts.append(model(part.images, part.text_ids, part.text_lengths))
+        parts.append(model(*(t.to(device) for t in (part.images, part.text_ids, part.text_lengths))))
     image, text = (torch.cat(tensors) for tensors in list(zip(*parts, strict=True))[:2])
     clip_loss(image, text, parts[0].logit_scale).backward()
     return {n: average(p.grad) for n, p in model.named_parameters() if p.grad is not None}
@@ -190,12 +190,15 @@ def test_the_loss_is_scaled_once_on_ranks(pool2: Any, alone: Any) -> None:
         assert_equal(result, alone["loss=clip"], 1e-12)
 
 
-def in_precision(name: str, count: int) -> tuple[float, Gradients]:
+def in_precision(name: str, count: int, device: str = "cpu") -> tuple[float, Gradients]:
     config = configured([f"precision={name}", f"optim.microbatches={count}"])
-    return train(build(config, build_model(config.model)))[0]
+    return train(build(config, build_model(config.model), device=device))[0]
 
 
-@pytest.mark.parametrize(("name", "bound"), [("fp32", 1e-5), ("amp_bf16", 0.05), ("amp_fp16", 0.01)])
+PRECISIONS = [("fp32", 1e-5), ("amp_bf16", 0.05), ("amp_fp16", 0.01)]
+
+
+@pytest.mark.parametrize(("name", "bound"), PRECISIONS)
 def test_precisions(name: str, bound: float) -> None:
     assert_equal([in_precision(name, 4)], [in_precision(name, 1)], bound)
 

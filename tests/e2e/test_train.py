@@ -136,7 +136,8 @@ def test_two_processes_equal_one(undisturbed: tuple[Path, str], recipe: list[str
 
 
 def test_microbatches_equal_whole_batches(undisturbed: tuple[Path, str], recipe: list[str]) -> None:
-    run(*recipe, "name=cached", "optim.microbatches=auto", "optim.max_microbatch=8")
+    output = run(*recipe, "name=cached", "optim.microbatches=auto", "optim.max_microbatch=9")
+    assert "in batches of 32, 4 microbatches on each process" in output
     assert_equal_runs(undisturbed[0].with_name("cached"), undisturbed[0], 1e-4)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from clipscale.config import compose
+from clipscale.data.loader import Batch
 from clipscale.distributed.runtime import Runtime
 from clipscale.losses import LOSSES
 from clipscale.models import build_model
@@ -18,7 +19,8 @@ from clipscale.optim import Ema, build_optimizer
 from clipscale.parallel import build_scaler, parallelize
 from clipscale.trainer.objective import Objective
 from clipscale.trainer.step import TrainStep
-from tests.distributed.test_parallel import advance, small
+from tests.distributed import test_cached as microbatches
+from tests.distributed.test_parallel import advance, make_batch, small
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,6 +57,33 @@ def test_losses_equal_the_cpus(name: str) -> None:
     here = LOSSES[name](image, text, scale, bias)
     there = LOSSES[name](image.cuda(), text.cuda(), scale.cuda(), bias.cuda())
     torch.testing.assert_close(there.cpu(), here)
+
+
+@pytest.mark.parametrize(("name", "bound"), microbatches.PRECISIONS)
+def test_microbatches_equal_the_whole_batch(name: str, bound: float) -> None:
+    cached, whole = (microbatches.in_precision(name, count, "cuda") for count in (4, 1))
+    microbatches.assert_equal([cached], [whole], 10 * bound)  # other kernels for other shapes
+
+
+def test_a_repeated_pass_draws_as_the_first_one() -> None:
+    truth = microbatches.kept(0, "cuda")
+    assert microbatches.worst(microbatches.cached([], "cuda"), truth)[0] <= 1e-12
+
+
+def test_microbatches_save_memory() -> None:
+    peaks = []
+    for count in (1, 8):
+        config, _ = compose([f"optim.microbatches={count}"])
+        config.model = small("vit")
+        step = microbatches.build(config, build_model(config.model), device="cuda")
+        batch = Batch.concatenate([make_batch(number, slice(None)) for number in range(16)])
+        step(batch, 0, 1e-3)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step.zero_grad()
+        step(batch, 256, 1e-3)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < 0.5 * peaks[0]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
