@@ -22,7 +22,8 @@ def probe(config: Config, files: Sequence[ShardFile], summaries: Sequence[Summar
     """
     if config.data.negatives_key is not None:
         require_negatives(files, summaries, config.data.negatives_key)
-    return tuple(find_teacher(files, summaries, one["image"], one["text"]) for one in config.loss.teachers)
+    stored = [one for one in config.loss.teachers if isinstance(one, dict)]
+    return tuple(find_teacher(files, summaries, one["image"], one["text"]) for one in stored)
 
 
 def require_negatives(files: Sequence[ShardFile], summaries: Sequence[Summary], key: str) -> None:
