@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -50,19 +51,43 @@ def prepare(
     backend: Backend,
     stats: bool,
 ) -> Inputs:
-    """Check the inputs of a loss, here and over all ranks. A collective."""
+    """Check the inputs of a loss, here and over all ranks. A collective.
+
+    Raises ValueError for what does not fit, and for a backend that there is not.
+    """
     batch = global_batch(image, text, extra_text, group)
     columns = text if extra_text is None else torch.cat([text, extra_text.to(text.dtype)])
     dtype = torch.promote_types(image.dtype, text.dtype)
     hidden = hidden_pairs(batch, pair_ids, None if extra_text is None else extra_text.detach())
-    task = Task(batch, hidden, tile=tile, comm_dtype=comm_dtype, maxima=stats)
-    return Inputs(image.to(dtype), columns.to(dtype), as_vector(logit_scale, image), task, pair_ids)
+    kernels = _kernels(backend, image.device, dtype)
+    task = Task(batch, hidden, tile=tile, comm_dtype=comm_dtype, maxima=stats, kernels=kernels)
+    return Inputs(
+        image.to(dtype).contiguous(), columns.to(dtype).contiguous(), as_vector(logit_scale, image), task, pair_ids
+    )
+
+
+def _kernels(backend: Backend, device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """The module of Triton's kernels where they are to do what they can: with "auto" on a GPU, if triton is there."""
+    if backend not in get_args(Backend):
+        raise ValueError(f'backend={backend!r} must be "auto", "torch" or "triton"')
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return None
+    try:
+        from clipscale.losses import kernels
+    except ImportError:
+        if backend == "triton":
+            raise ValueError('backend="triton" needs triton, which is not installed: backend="torch"') from None
+        return None
+    there = kernels.run_on(device)
+    if backend == "triton" and not there:
+        raise ValueError(f'backend="triton" needs a CUDA device of capability 8.0, not {device}: backend="torch"')
+    return kernels if there and dtype in kernels.DTYPES else None
 
 
 def as_vector(value: Scalar, like: torch.Tensor) -> torch.Tensor:
     """A number or a tensor that holds one as Float[1] beside ``like``. Raises ValueError for more than one."""
     if not isinstance(value, torch.Tensor):
-        return torch.tensor([value], dtype=torch.float64, device=like.device)
+        return torch.full((1,), value, dtype=torch.float64, device=like.device)  # copying a number would wait
     if value.numel() != 1:
         raise ValueError(f"logit_scale and logit_bias hold one number each, got {tuple(value.shape)}")
     return value.reshape(1)

@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from clipscale.losses.softmax import Task
-from clipscale.losses.tiles import Grid, Maxima, Similarity
+from clipscale.losses.tiles import Grid, Maxima, Similarity, Tile
 
 # Up to here 1 - sigmoid has all its digits, and minus its logarithm, at half the price of a softplus, is exact.
 GENTLE = 1.0
@@ -43,14 +43,12 @@ class SigmoidLoss(torch.autograd.Function):
         dx = torch.zeros_like(image, dtype=dtype) if needs_x or (needs_scale and not needs_y) else None
         dy = torch.zeros_like(y, dtype=dtype) if needs_y else None
         maxima = Maxima(batch, image.new_empty(0, dtype=dtype)) if task.maxima else None
-        grid = Grid(batch, task.hidden, task.tile, image.new_empty(0, dtype=dtype))
+        like = image.new_empty(0, dtype=student.products if task.fused else dtype)
+        grid = Grid(batch, task.hidden, task.tile, like)
         for tile in grid:
-            logits = grid.hide(student.logits(tile, grid.room(tile, 0)), tile, grid.mask(tile), -math.inf)
-            if maxima is not None:
-                maxima.note(logits, tile)
-            value, weights = _softplus(logits, grid.room(tile, 1))
+            value, weights, total = _tile(task, student, grid, tile, maxima)
             loss += value
-            bias_gradient += weights.sum(dtype=torch.float64)
+            bias_gradient += total
             student.pull(weights, tile, dx, dy)
         loss = batch.sum([loss])[0] / batch.pairs
         if any(ctx.needs_input_grad):
@@ -76,6 +74,21 @@ class SigmoidLoss(torch.autograd.Function):
             (bias * gradient).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None,
             None,
         )
+
+
+def _tile(
+    task: Task, student: Similarity, grid: Grid, tile: Tile, maxima: Maxima | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a tile's logits, the sum of log(1 + exp(l)), sigmoid(l), and the sum of that."""
+    out = grid.room(tile, 0)
+    if task.fused:
+        value, total = task.fused.sigmoid(student, grid, tile, out)
+        return value, out, total
+    logits = grid.hide(student.logits(tile, out), tile, grid.mask(tile), -math.inf)
+    if maxima is not None:
+        maxima.note(logits, tile)
+    value, weights = _softplus(logits, grid.room(tile, 1))
+    return value, weights, weights.sum(dtype=torch.float64)
 
 
 def _softplus(logits: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

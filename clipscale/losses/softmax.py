@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import islice
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -51,15 +52,25 @@ class Task:
     cache_bytes: int = 0
     comm_dtype: torch.dtype | None = None
     maxima: bool = False
+    kernels: ModuleType | None = None
+
+    @property
+    def fused(self) -> ModuleType | None:
+        """The kernels, where they suffice: they know the student's similarities only, and keep no exponentials."""
+        return None if self.teachers or self.smoothing or self.maxima else self.kernels
 
 
 @dataclass(frozen=True)
 class _Softmax:
-    """The student's similarities and the teachers' in one arithmetic, and what is taken off the logits of each."""
+    """The student's similarities and the teachers' in one arithmetic, and what is taken off the logits of each.
+
+    ``exact`` Bool[] is the kernels', and says that those are float64 after all.
+    """
 
     task: Task
     similarities: list[Similarity]
     shifts: list[torch.Tensor]
+    exact: torch.Tensor | None = None
 
     @classmethod
     def of(cls, task: Task, student: Similarity, dtype: torch.dtype) -> _Softmax:
@@ -71,7 +82,8 @@ class _Softmax:
 
     def grid(self) -> Grid:
         student = self.similarities[0]
-        return Grid(self.task.batch, self.task.hidden, self.task.tile, student.x.new_empty(0, dtype=student.dtype))
+        dtype = student.products if self.task.fused else student.dtype
+        return Grid(self.task.batch, self.task.hidden, self.task.tile, student.x.new_empty(0, dtype=dtype))
 
     def exponentials(
         self, number: int, grid: Grid, tile: Tile, mask: torch.Tensor | None, out: torch.Tensor
@@ -114,6 +126,9 @@ class _Sums:
         self.kept: list[tuple[Tile, list[torch.Tensor]]] = []
         budget = task.cache_bytes if keep and student.dtype is not torch.float64 else 0
         grid = softmax.grid()
+        if task.fused:
+            task.fused.add_sums(student, softmax.shifts[0], grid, self.rows[0], self.columns[0])
+            return
         for tile in grid:
             budget -= len(softmax) * grid.room(tile, 0).nbytes
             exponentials = self._take_in(grid, tile, fresh=budget >= 0)
@@ -141,6 +156,18 @@ class _Sums:
     def _add(self, quantity: int, values: torch.Tensor, tile: Tile, factor: torch.Tensor | float = 1.0) -> None:
         self.rows[quantity, tile[0]] += values.sum(1).double() * factor
         self.columns[quantity, tile[1]] += values.sum(0).double() * factor
+
+    def made_exact(self, positives: torch.Tensor, keep: bool) -> _Sums:
+        """These sums, or those of float64 where fp32's do not suffice; kernels decide that on the device."""
+        softmax, student, bad = self.softmax, self.softmax.similarities[0], self.out_of_range(positives)
+        fused = softmax.task.fused
+        if fused is None:
+            return _Sums(_Softmax.of(softmax.task, student, torch.float64), keep) if bool(bad) else self
+        rows, columns = torch.zeros_like(self.rows), torch.zeros_like(self.columns)
+        fused.exact_sums(student, bad, softmax.grid(), rows[0], columns[0])
+        self.rows, self.columns = torch.where(bad, rows, self.rows), torch.where(bad, columns, self.columns)
+        self.softmax = replace(softmax, shifts=[torch.where(bad, 0, shift) for shift in softmax.shifts], exact=bad)
+        return self
 
     def out_of_range(self, positives: torch.Tensor) -> torch.Tensor:
         """Bool[], whether fp32 could not hold or resolve some sum; ``positives`` Float64[1 + T, n]."""
@@ -210,8 +237,8 @@ class SoftmaxLoss(torch.autograd.Function):
         student = Similarity(image, batch.gather(columns.to(task.comm_dtype or columns.dtype)), scale, dtype)
         own = torch.stack([one.positives(batch.own) for one in (student, *task.teachers)])
         done = _Sums(_Softmax.of(task, student, dtype), keep)
-        if dtype is not torch.float64 and bool(done.out_of_range(own)):
-            done = _Sums(_Softmax.of(task, student, torch.float64), keep)
+        if dtype is not torch.float64:
+            done = done.made_exact(own, keep)
         rows = _Side.of(task, done.rows, own)
         placed = own.new_zeros(len(own), batch.columns)
         placed[:, batch.own] = own
@@ -235,11 +262,7 @@ class SoftmaxLoss(torch.autograd.Function):
         dy = torch.zeros_like(y, dtype=dtype) if needs_y else None
         grid = softmax.grid()
         for tile in grid:
-            mask = grid.mask(tile)
-            exponentials = kept.get(_corner(tile)) or [
-                softmax.exponentials(i, grid, tile, mask, grid.room(tile, i)) for i in range(len(softmax))
-            ]
-            student.pull(_weights(task, factors, exponentials, grid, tile, mask), tile, dx, dy)
+            student.pull(_weights(softmax, factors, kept.get(_corner(tile)), grid, tile), tile, dx, dy)
         student.pull_positives(factors.pairs, batch.own, dx, dy)
         share = gradient.double() * batch.world / (2 * batch.pairs)
         scale_gradient = (student.pull_scale(dx, dy) * share).to(student.scale.dtype).view_as(student.scale)
@@ -263,7 +286,8 @@ class _Factors(NamedTuple):
 
 
 def _factors(done: _Sums, rows: _Side, columns: _Side) -> _Factors:
-    task, dtype = done.softmax.task, done.softmax.similarities[0].dtype
+    task = done.softmax.task
+    dtype = torch.float64 if task.fused else done.softmax.similarities[0].dtype  # kernels choose, as the sums are
     parts = torch.full_like(rows.inverse[:, :1], -task.weight / max(len(task.teachers), 1))
     parts[0] = 1
     parts *= torch.stack([shift.double().exp() for shift in done.softmax.shifts])[:, None]
@@ -277,15 +301,18 @@ def _factors(done: _Sums, rows: _Side, columns: _Side) -> _Factors:
 
 
 def _weights(
-    task: Task,
-    factors: _Factors,
-    exponentials: list[torch.Tensor],
-    grid: Grid,
-    tile: Tile,
-    mask: torch.Tensor | None,
+    softmax: _Softmax, factors: _Factors, exponentials: list[torch.Tensor] | None, grid: Grid, tile: Tile
 ) -> torch.Tensor:
     """p - q of a tile, by its rows and by its columns together, but for the pairs' own."""
-    rows, columns = tile
+    task, (rows, columns) = softmax.task, tile
+    if task.fused:
+        by_row, by_column = factors.rows[0], factors.columns[0]
+        given = softmax.similarities[0], softmax.shifts[0], softmax.exact
+        return task.fused.weights(*given, grid, tile, by_row, by_column, grid.room(tile, 0))
+    mask = grid.mask(tile)
+    exponentials = exponentials or [
+        softmax.exponentials(i, grid, tile, mask, grid.room(tile, i)) for i in range(len(softmax))
+    ]
     out, other = (grid.room(tile, len(exponentials) + i) for i in range(2))
     torch.add(factors.rows[0, rows, None], factors.columns[0, columns], out=out).mul_(exponentials[0])
     for i, taught in enumerate(exponentials[1:], 1):
@@ -298,7 +325,8 @@ def _weights(
 
 def _remember(ctx: Any, done: _Sums, sides: tuple[_Side, _Side]) -> None:
     """Keep what the backward pass needs: all of it by save_for_backward, where it is counted and freed in time."""
-    ctx.task, ctx.shifts, ctx.tiles = done.softmax.task, done.softmax.shifts, [tile for tile, _ in done.kept]
+    ctx.task, ctx.tiles = done.softmax.task, [tile for tile, _ in done.kept]
+    ctx.shifts, ctx.exact = done.softmax.shifts, done.softmax.exact
     ctx.dtype = done.softmax.similarities[0].dtype
     inputs = [tensor for one in done.softmax.similarities for tensor in (one.x, one.y, one.scale)]
     kept = [values for _, tile in done.kept for values in tile]
@@ -310,7 +338,7 @@ def _recall(ctx: Any) -> tuple[_Softmax, _Factors, dict[tuple[int, int], list[to
     factors = _Factors(*islice(saved, len(_Factors._fields)))
     similarities = [Similarity(next(saved), next(saved), next(saved), ctx.dtype) for _ in range(count)]
     kept = {_corner(tile): list(islice(saved, count)) for tile in ctx.tiles}
-    return _Softmax(ctx.task, similarities, ctx.shifts), factors, kept
+    return _Softmax(ctx.task, similarities, ctx.shifts, ctx.exact), factors, kept
 
 
 def _corner(tile: Tile) -> tuple[int, int]:

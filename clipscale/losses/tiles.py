@@ -35,7 +35,7 @@ class Similarity:
     def logits(self, tile: Tile, out: torch.Tensor) -> torch.Tensor:
         """The logits of a tile, in ``out``."""
         x, y, scale = self.x[tile[0]], self.y[tile[1]], self.scale.to(self.dtype)
-        if self._in_halves:
+        if self.products is not self.dtype:
             torch.mul(torch.mm(x, y.to(x.dtype).T, out_dtype=torch.float32), scale, out=out)
         else:
             torch.mm(x.to(self.dtype) * scale, y.to(self.dtype).T, out=out)
@@ -49,12 +49,13 @@ class Similarity:
             self._add_product(dy[tile[1]], weights.T, self.x[tile[0]])
 
     @property
-    def _in_halves(self) -> bool:
-        return self.x.is_cuda and self.dtype is torch.float32 and self.x.dtype in (torch.float16, torch.bfloat16)
+    def products(self) -> torch.dtype:
+        """In which features are multiplied, and weights with features."""
+        halves = self.x.dtype in (torch.float16, torch.bfloat16)
+        return self.x.dtype if halves and self.x.is_cuda and self.dtype is torch.float32 else self.dtype
 
     def _add_product(self, into: torch.Tensor, weights: torch.Tensor, features: torch.Tensor) -> None:
-        if self._in_halves:
-            half = self.x.dtype
+        if (half := self.products) is not self.dtype:
             into += torch.mm(weights.to(half), features.to(half), out_dtype=torch.float32)
         else:
             into.addmm_(weights, features.to(self.dtype))
@@ -101,15 +102,15 @@ class Grid:
     """The tiles of a rank's rows and all columns, and the memory in which they are worked on."""
 
     def __init__(self, batch: GlobalBatch, hidden: Hidden | None, shape: TileShape, like: torch.Tensor) -> None:
-        self._batch, self._hidden = batch, hidden
+        self.batch, self.hidden = batch, hidden
         rows, columns = _tile_shape(shape, like.is_cuda)
         self.rows, self.columns = min(rows, batch.n), min(columns, batch.columns)
         self._like = like
         self._scratch: dict[int, torch.Tensor] = {}
 
     def __iter__(self) -> Iterator[Tile]:
-        for rows in blocks(self._batch.n, self.rows):
-            for columns in blocks(self._batch.columns, self.columns):
+        for rows in blocks(self.batch.n, self.rows):
+            for columns in blocks(self.batch.columns, self.columns):
                 yield rows, columns
 
     def room(self, tile: Tile, number: int) -> torch.Tensor:
@@ -121,11 +122,11 @@ class Grid:
 
     def mask(self, tile: Tile) -> torch.Tensor | None:
         """Bool tile of hidden pairs, or None."""
-        return None if self._hidden is None else self._hidden.mask(*tile)
+        return None if self.hidden is None else self.hidden.mask(*tile)
 
     def hide(self, values: torch.Tensor, tile: Tile, mask: torch.Tensor | None, value: float = 0.0) -> torch.Tensor:
         """Put ``value`` where the pairs are, which no sum contains, and where ``mask`` is true."""
-        rows, columns, first = *tile, self._batch.first
+        rows, columns, first = *tile, self.batch.first
         start = max(rows.start, columns.start - first)
         stop = min(rows.stop, columns.stop - first)
         if start < stop:
