@@ -50,7 +50,7 @@ class Task:
     """What is to be computed: everything but the tensors that have gradients.
 
     ``teachers`` are similarities whose softmax is the target, to the part ``weight``, and ``untaught`` Bool[M] the
-    columns of which they know nothing; ``smoothing`` spreads so much of the target evenly.
+    columns of which they know nothing; ``smoothing`` spreads so much of the rest evenly.
     """
 
     batch: GlobalBatch
@@ -60,9 +60,17 @@ class Task:
     weight: float = 0.0
     smoothing: float = 0.0
     tile: TileShape = "auto"
-    cache_bytes: int = 0
+    cache_bytes: float = 0
     comm_dtype: torch.dtype | None = None
     maxima: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what has no meaning."""
+        for name, share in (("weight", self.weight), ("label_smoothing", self.smoothing)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}={share} must lie between 0 and 1")
+        if not self.cache_bytes >= 0:
+            raise ValueError(f"cache_mb={self.cache_bytes / 2**20:g} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,7 @@ class _Side:
         even = torch.zeros_like(loss)
         if task.smoothing:
             total, number = sums[2 * count - 1], sums[2 * count] + 1
-            even = task.smoothing / number
+            even = (1 - task.weight) * task.smoothing / number
             loss = loss + even * ((number - 1) * student - total)
             pull = pull + even * (number - 1)
         for i in range(1, count):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from clipscale.losses import Teacher, clip_loss, distill_loss, siglip_loss
-from tests.dense import Case, error, make, truth, unit
+from tests.dense import Case, Data, dense, error, leaves, make, truth, unit
 from tests.distributed.test_losses import errors, on_rank
 
 KINDS = ["clip", "siglip", "distill"]
@@ -98,3 +99,72 @@ def test_features_that_are_not_finite_show(loss: str, bad: float) -> None:
         pair[place][5, 3] = bad
         assert not loss_of(loss)(*pair).isfinite()
     assert not loss_of(loss)(*features(), torch.tensor(bad)).isfinite()
+
+
+def test_labels_and_teachers_share_the_target() -> None:
+    """(1 - weight) of the loss that smoothed labels give, and weight of the teachers', also where both are much."""
+    case = Case("distill", ids="both", smoothing=0.8, weight=0.6, extra=12, tile=(5, 7))
+    data = make(case)
+    options = {"pair_ids": (data.image_ids, data.text_ids), "extra_text": data.extra, "label_smoothing": 0.8}
+    teachers = [Teacher(*teacher) for teacher in data.teachers]
+    parts = [distill_loss(data.image, data.text, 20.0, teachers, weight=w, **options) for w in (0.0, 0.6, 1.0)]
+    torch.testing.assert_close(parts[1], 0.4 * parts[0] + 0.6 * parts[2])
+    torch.testing.assert_close(parts[0], clip_loss(data.image, data.text, 20.0, **options))
+
+
+def test_teachers_keep_the_digits_they_have() -> None:
+    """Students in bfloat16 may have teachers in fp32."""
+    case = Case("distill", "bfloat16", weight=1.0)
+    data = make(case)
+    fine = replace(case, dtype="float64")
+    exact = Data(data.image, data.text, data.extra, None, None, make(fine).teachers)
+    teachers = [Teacher(image.float(), text.float(), scale) for image, text, scale in exact.teachers]
+    loss = distill_loss(data.image, data.text, 20.0, teachers)
+    assert error(loss, dense(case, exact, leaves(case, exact, torch.float64)).detach()) < 1e-5
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"tile": 0}, "tile=0"),
+    ({"tile": (4, -1)}, "tile="),
+    ({"tile": "large"}, "tile="),
+    ({"cache_mb": -1}, "cache_mb"),
+    ({"cache_mb": math.nan}, "cache_mb"),
+    ({"label_smoothing": 1.1}, "label_smoothing"),
+    ({"label_smoothing": -0.1}, "label_smoothing"),
+    ({"label_smoothing": math.nan}, "label_smoothing"),
+    ({"weight": 1.5}, "weight"),
+    ({"weight": -0.5}, "weight"),
+    ({"pair_ids": (torch.arange(23), None)}, "pair_ids"),
+    ({"pair_ids": (torch.arange(24).int(), None)}, "pair_ids"),
+    ({"pair_ids": (None, torch.arange(24.0))}, "pair_ids"),
+    ({"pair_ids": (torch.arange(24),)}, "pair_ids"),
+    ({"pair_ids": torch.arange(24)}, "pair_ids"),
+    ({"extra_text": torch.zeros(3, 15)}, "extra_text"),
+    ({"extra_text": torch.zeros(16)}, "extra_text"),
+    ({"extra_text": torch.zeros(3, 16).int()}, "extra_text"),
+    ({"image": torch.zeros(24, 16).int()}, "image"),
+    ({"text": torch.zeros(24, 16, dtype=torch.bool)}, "text"),
+    ({"image": torch.zeros(23, 16)}, r"Float\[n, D\]"),
+    ({"image": torch.zeros(24, 4, 4), "text": torch.zeros(24, 4, 4)}, r"Float\[n, D\]"),
+    ({"image": torch.zeros(0, 16), "text": torch.zeros(0, 16)}, r"Float\[n, D\]"),
+    ({"logit_scale": torch.ones(2)}, "logit_scale"),
+    ({"teachers": []}, "teacher"),
+    ({"teachers": [Teacher(torch.zeros(23, 5), torch.zeros(23, 5), 1.0)]}, "teacher"),
+    ({"teachers": [Teacher(torch.zeros(24, 5), torch.zeros(24, 6), 1.0)]}, "teacher"),
+    ({"teachers": [Teacher(torch.zeros(24, 5).int(), torch.zeros(24, 5).int(), 1.0)]}, "teacher"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "match"), WRONG, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+def test_mistakes_are_named(wrong: dict[str, Any], match: str) -> None:
+    image, text = features(dtype=torch.float32)
+    given = {"image": image, "text": text, "logit_scale": 20.0, **wrong}
+    teachers = [Teacher(image, text, 20.0)]
+    if not wrong.keys() & {"weight", "teachers"}:
+        with pytest.raises(ValueError, match=match):
+            clip_loss(**given)
+    if not wrong.keys() & {"weight", "teachers", "label_smoothing", "cache_mb"}:
+        with pytest.raises(ValueError, match=match):
+            siglip_loss(**given, logit_bias=0.0)
+    with pytest.raises(ValueError, match=match):
+        distill_loss(**{"teachers": teachers} | given)
