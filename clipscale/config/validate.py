@@ -146,11 +146,6 @@ def _loss(config: Config) -> Iterator[str]:
             yield f"loss.{key}={share} must lie in [0, 1]"
     if loss.cache_mb < 0:
         yield f"loss.cache_mb={loss.cache_mb} must be 0 or more"
-    if loss.teachers and loss.label_smoothing + loss.teacher_weight > 1:
-        yield (
-            f"loss.label_smoothing={loss.label_smoothing} and loss.teacher_weight={loss.teacher_weight} are parts of "
-            "one target, together at most 1"
-        )
     if loss.name is not LossName.clip and loss.label_smoothing:
         yield f"loss.label_smoothing={loss.label_smoothing}: only loss=clip has labels to smooth"
     if loss.name is not LossName.clip and loss.teachers:

@@ -71,5 +71,5 @@ def clip_loss(
             backend=backend,
             stats=stats,
         )
-        task = replace(given.task, smoothing=label_smoothing, cache_bytes=int(cache_mb * 2**20))
+        task = replace(given.task, smoothing=label_smoothing, cache_bytes=cache_mb * 2**20)
         return given.outcome(SoftmaxLoss.apply(given.image, given.columns, given.scale, task))

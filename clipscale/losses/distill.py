@@ -45,8 +45,8 @@ def distill_loss(
     """As :func:`clipscale.losses.clip_loss`, with the teachers' softmax in the place of ``weight`` of the labels.
 
     The target of every row and column is ``weight`` times the mean over teachers of the softmax of their similarities,
-    and for the rest the pair itself. That is ``(1 - weight) * clip + weight * cross entropy to the teachers``, where
-    the teachers' logits, too, exist a tile at a time only.
+    and for the rest the label, smoothed or not. That is ``(1 - weight) * clip + weight * cross entropy to the
+    teachers``, where the teachers' logits, too, exist a tile at a time only.
 
     Args:
         teachers: at least one; each may have a dimension of its own.
@@ -73,21 +73,23 @@ def distill_loss(
         batch = given.task.batch
         task = replace(
             given.task,
-            teachers=tuple(_gather(teacher, batch, given.image.dtype) for teacher in teachers),
+            teachers=tuple(_gather(teacher, batch) for teacher in teachers),
             untaught=~batch.paired(image.device) if batch.extra else None,
             weight=weight,
             smoothing=label_smoothing,
-            cache_bytes=int(cache_mb * 2**20),
+            cache_bytes=cache_mb * 2**20,
         )
         return given.outcome(SoftmaxLoss.apply(given.image, given.columns, given.scale, task))
 
 
-def _gather(teacher: Teacher, batch: GlobalBatch, dtype: torch.dtype) -> Similarity:
+def _gather(teacher: Teacher, batch: GlobalBatch) -> Similarity:
     image, text = teacher.image.detach(), teacher.text.detach()
     if image.ndim != 2 or image.shape != text.shape or len(image) != batch.n:
         raise ValueError(
             f"a teacher's image and text must be Float[{batch.n}, D_t], got {tuple(image.shape)}, {tuple(text.shape)}"
         )
+    if not (image.is_floating_point() and text.is_floating_point()):
+        raise ValueError(f"a teacher's features must be floating-point numbers, got {image.dtype} and {text.dtype}")
     columns = torch.cat([text, text.new_zeros(batch.extra, text.shape[1])])
     scale = as_vector(teacher.logit_scale, image).detach()
-    return Similarity(image.to(dtype), batch.gather(columns).to(dtype), scale, dtype)
+    return Similarity(image, batch.gather(columns), scale, image.dtype)

@@ -82,11 +82,13 @@ class GlobalBatch:
         return [part.view_as(vector) for part, vector in zip(parts, vectors, strict=True)]
 
 
-_agreed: set[tuple[int, int, int, int, int]] = set()
+_agreed: set[tuple[int, ...]] = set()
 
 
-def global_batch(image: torch.Tensor, text: torch.Tensor, extra: torch.Tensor | None, group: Group) -> GlobalBatch:
-    """Raise ValueError unless the shapes fit, here and over all ranks.
+def global_batch(
+    image: torch.Tensor, text: torch.Tensor, extra: torch.Tensor | None, pair_ids: PairIds | None, group: Group
+) -> GlobalBatch:
+    """Raise ValueError unless the shapes fit, here and over all ranks, and all bring the same kinds of ids.
 
     On CUDA the ranks are compared once for every new shape, because reading the verdict waits for the device; a rank
     that comes alone with a new shape then waits in vain until the process group's time-out.
@@ -95,17 +97,23 @@ def global_batch(image: torch.Tensor, text: torch.Tensor, extra: torch.Tensor | 
         raise ValueError(f"image and text must both be Float[n, D], got {tuple(image.shape)} and {tuple(text.shape)}")
     if extra is not None and (extra.ndim != 2 or extra.shape[1] != text.shape[1]):
         raise ValueError(f"extra_text must be Float[k, {text.shape[1]}], got {tuple(extra.shape)}")
+    for name, features in (("image", image), ("text", text), ("extra_text", extra)):
+        if features is not None and not features.is_floating_point():
+            raise ValueError(f"{name} must hold floating-point numbers, got {features.dtype}")
+    if pair_ids is not None and len(pair_ids) != 2:
+        raise ValueError(f"pair_ids must be (image_ids, text_ids), got {len(pair_ids)} of them")
     batch = GlobalBatch(len(image), 0 if extra is None else len(extra), group)
-    mine = (batch.n, batch.extra, image.shape[1])
+    kinds = [ids is not None for ids in pair_ids or (None, None)]
+    mine = (batch.n, batch.extra, image.shape[1], *map(int, kinds))
     key = (batch.world, id(group), *mine)
     if batch.world > 1 and not (image.is_cuda and key in _agreed):
         sizes = torch.tensor([*mine, *(-size for size in mine)], device=image.device)
         dist.all_reduce(sizes, dist.ReduceOp.MAX, group=group)
-        largest, smallest = sizes[:3].tolist(), [-size for size in sizes[3:].tolist()]
+        largest, smallest = sizes[: len(mine)].tolist(), [-size for size in sizes[len(mine) :].tolist()]
         if largest != smallest:
             raise ValueError(
-                "ranks bring batches of different sizes: between "
-                f"{smallest} and {largest} [pairs, extra texts, dimensions]; this one brings {list(mine)}"
+                f"ranks bring batches of different sizes: between {smallest} and {largest} "
+                f"[pairs, extra texts, dimensions, image ids, text ids]; this one brings {list(mine)}"
             )
         _agreed.add(key)
     return batch

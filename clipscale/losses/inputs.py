@@ -55,7 +55,9 @@ def prepare(
 
     Raises ValueError for what does not fit, and for a backend that there is not.
     """
-    batch = global_batch(image, text, extra_text, group)
+    if extra_text is not None and not len(extra_text):
+        extra_text = None
+    batch = global_batch(image, text, extra_text, pair_ids, group)
     columns = text if extra_text is None else torch.cat([text, extra_text.to(text.dtype)])
     dtype = torch.promote_types(image.dtype, text.dtype)
     hidden = hidden_pairs(batch, pair_ids, None if extra_text is None else extra_text.detach())

@@ -106,25 +106,26 @@ def _sums(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _exact_sums(
-    x, y, scale, hidden, first, row_start, row_stop, column_start, column_stop, flag, row_sums, column_sums,
+    x, y, scale, hidden, first, row_start, row_stop, column_start, column_stop, flag, shift, row_sums, column_sums,
     D: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of exp(S): a program has all of its rows, or all of its columns, so that there are no parts to add."""
+    """Sums of exp(S - shift): a program has all of its rows, or of its columns, so that there are no parts to add."""
     if tl.load(flag) == 0:
         return
+    taken = tl.load(shift).to(tl.float64)
     program, high = tl.program_id(0), tl.cdiv(row_stop, BM)
     if program < high:
         rows, sums = program * BM + tl.arange(0, BM), tl.zeros((BM,), dtype=tl.float64)
         for start in range(0, column_stop, BN):
             columns = start + tl.arange(0, BN)
-            values = tl.exp(_logits(x, y, scale, rows, columns, row_stop, column_stop, D, DOT, BM, BN, BK))
+            values = tl.exp(_logits(x, y, scale, rows, columns, row_stop, column_stop, D, DOT, BM, BN, BK) - taken)
             sums += tl.sum(tl.where(_counted(rows, columns, row_stop, column_stop, first, hidden), values, 0.0), 1)
         tl.store(row_sums + rows, sums, mask=rows < row_stop)
     else:
         columns, sums = (program - high) * BN + tl.arange(0, BN), tl.zeros((BN,), dtype=tl.float64)
         for start in range(0, row_stop, BM):
             rows = start + tl.arange(0, BM)
-            values = tl.exp(_logits(x, y, scale, rows, columns, row_stop, column_stop, D, DOT, BM, BN, BK))
+            values = tl.exp(_logits(x, y, scale, rows, columns, row_stop, column_stop, D, DOT, BM, BN, BK) - taken)
             sums += tl.sum(tl.where(_counted(rows, columns, row_stop, column_stop, first, hidden), values, 0.0), 0)
         tl.store(column_sums + columns, sums, mask=columns < column_stop)
 
@@ -261,10 +262,8 @@ def _hidden(grid: Grid) -> tuple[torch.Tensor | None, ...]:
 
 
 def add_sums(one: Similarity, shift: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Tensor) -> None:
-    """Add the sums of exp(S) over all but the pairs and what is hidden to ``rows`` Float64[n], ``columns`` Float64[M].
-
-    They are formed of exp(S - shift) in fp32, for ``shift`` Float32[] on the device.
-    """
+    """Add the sums of exp(S - shift), formed in fp32, over all but the pairs and what is hidden to ``rows`` Float64[n]
+    and ``columns`` Float64[M]; ``shift`` is Float32[] on the device."""
     launch = Launch(one, grid)
     for tile in grid:
         high, wide = launch.high(tile), launch.wide(tile)
@@ -273,17 +272,16 @@ def add_sums(one: Similarity, shift: torch.Tensor, grid: Grid, rows: torch.Tenso
         launch(_sums, high * wide, tile, shift, row_parts, column_parts)
         rows[tile[0]] += row_parts.sum(0, dtype=torch.float64)
         columns[tile[1]] += column_parts.sum(0, dtype=torch.float64)
-    factor = shift.double().exp()
-    rows *= factor
-    columns *= factor
 
 
-def exact_sums(one: Similarity, flag: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Tensor) -> None:
-    """If ``flag`` Bool[] is set, put the sums of exp(S), in float64, in ``rows`` and ``columns``; else do nothing."""
+def exact_sums(
+    one: Similarity, shift: torch.Tensor, flag: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Tensor
+) -> None:
+    """If ``flag`` Bool[] is set, put what :func:`add_sums` adds, formed in float64, in ``rows`` and ``columns``."""
     everything = slice(0, len(rows)), slice(0, len(columns))
     launch = Launch(one, grid, exact=True)
     programs = launch.high(everything) + launch.wide(everything)
-    launch(_exact_sums, programs, everything, flag, rows, columns)
+    launch(_exact_sums, programs, everything, flag, shift, rows, columns)
 
 
 def weights(

@@ -10,9 +10,10 @@ loses no digit when the pair stands far above the others, where the usual ``logs
 ``p_i - q_i``, the gradient of S_i, is had from the same sums.
 
 One exponential per logit serves rows and columns: ``E = exp(S - shift)`` with one number for the shift, 0 for scales up
-to about 75, and else what keeps the sums of unit vectors' from overflowing. Where a row or column lies too far below
-to be resolved, or the features are no unit vectors, this rank goes through its tiles once more in float64, which has
-the range. Sums are kept in float64 in any case: they are only n + M numbers.
+to about 75, and else what keeps the sums of unit vectors' from overflowing. Where some row or column of the global
+batch lies too far below to be resolved, or features that are no unit vectors exceed the range, all ranks go through
+their tiles once more in float64, with the shift that the largest logit asks for. That holds sums up to exp(1340) apart;
+beyond, the loss is NaN, never a wrong number. Sums are kept in float64 in any case: they are only n + M numbers.
 """
 
 from __future__ import annotations
@@ -26,11 +27,22 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from clipscale.distributed.collectives import largest
 from clipscale.losses.globalbatch import GlobalBatch, Hidden
 from clipscale.losses.tiles import Grid, Maxima, Similarity, Tile, TileShape
 
-RANGE = 88.7  # log of the largest fp32
-RESOLVED = 61.0  # below the shift: what is lost underneath, exp(-87) each, is less than fp32's rounding of such a total
+
+class _Range(NamedTuple):
+    """Of an arithmetic, as logarithms above the shift: how high a sum may be planned to be, between which bounds it is
+    exact. What is lost below the least normal number is less than the rounding of a sum at the lower bound, and the
+    inverse of one at the upper bound is a normal number still."""
+
+    planned: float
+    lower: float
+    upper: float
+
+
+RANGES = {torch.float32: _Range(86.7, -61.0, 87.2), torch.float64: _Range(690.0, -650.0, 707.0)}
 SLACK = 1.02  # on the norms of rounded unit vectors
 
 
@@ -39,7 +51,7 @@ class Task:
     """What is to be computed: everything but the tensors that have gradients.
 
     ``teachers`` are similarities whose softmax is the target, to the part ``weight``, and ``untaught`` Bool[M] the
-    columns of which they know nothing; ``smoothing`` spreads so much of the target evenly.
+    columns of which they know nothing; ``smoothing`` spreads so much of the rest evenly.
     """
 
     batch: GlobalBatch
@@ -49,7 +61,7 @@ class Task:
     weight: float = 0.0
     smoothing: float = 0.0
     tile: TileShape = "auto"
-    cache_bytes: int = 0
+    cache_bytes: float = 0
     comm_dtype: torch.dtype | None = None
     maxima: bool = False
     kernels: ModuleType | None = None
@@ -58,6 +70,14 @@ class Task:
     def fused(self) -> ModuleType | None:
         """The kernels, where they suffice: they know the student's similarities only, and keep no exponentials."""
         return None if self.teachers or self.smoothing or self.maxima else self.kernels
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what has no meaning."""
+        for name, share in (("weight", self.weight), ("label_smoothing", self.smoothing)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}={share} must lie between 0 and 1")
+        if not self.cache_bytes >= 0:
+            raise ValueError(f"cache_mb={self.cache_bytes / 2**20:g} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -75,7 +95,22 @@ class _Softmax:
     @classmethod
     def of(cls, task: Task, student: Similarity, dtype: torch.dtype) -> _Softmax:
         similarities = [replace(one, dtype=dtype) for one in (student, *task.teachers)]
-        return cls(task, similarities, [_shift(one, task.batch.columns) for one in similarities])
+        bounds = [SLACK * one.scale.abs().max().double() for one in similarities]
+        room = RANGES[dtype].planned - math.log(task.batch.columns)
+        return cls(task, similarities, [(most - room).clamp(min=0).to(dtype) for most in bounds])
+
+    def widened(self, positives: torch.Tensor) -> _Softmax:
+        """In float64, shifted by the largest logits of all ranks; ``positives`` Float64[1 + T, n]. A collective."""
+        wide = _Softmax.of(self.task, self.similarities[0], torch.float64)
+        grid, most = wide.grid(), positives.amax(1)
+        for tile in grid:
+            for i, one in enumerate(wide.similarities):
+                logits = one.logits(tile, grid.room(tile, i))
+                if i and self.task.untaught is not None:
+                    logits.masked_fill_(self.task.untaught[tile[1]], -math.inf)
+                most[i] = torch.maximum(most[i], logits.amax())
+        room = RANGES[torch.float64].planned - math.log(self.task.batch.columns)
+        return replace(wide, shifts=list((largest(most, self.task.batch.group) - room).unbind()))
 
     def __len__(self) -> int:
         return len(self.similarities)
@@ -102,18 +137,11 @@ class _Softmax:
         return logits.exp_()
 
 
-def _shift(one: Similarity, columns: int) -> torch.Tensor:
-    if one.dtype is torch.float64:
-        return torch.zeros((), dtype=one.dtype, device=one.x.device)
-    largest = SLACK * one.scale.abs().max().to(one.dtype)
-    return (largest - (RANGE - math.log(columns) - 2)).clamp(min=0)
-
-
 class _Sums:
     """What one walk over the tiles adds up.
 
     ``rows`` Float64[q, n] and ``columns`` Float64[q, M] hold q sums over the pairs that are neither the own one nor
-    hidden: of exp(S) for each similarity, then of exp(S_t) S for each teacher, then, with smoothing, of S and of 1.
+    hidden: of E for each similarity, then of E_t S for each teacher, then, with smoothing, of S and of 1.
     ``kept`` are exponentials that fitted the cache.
     """
 
@@ -144,48 +172,41 @@ class _Sums:
             self._add(2 * count - 1, grid.hide(logits, tile, mask), tile)
             self._add(2 * count, grid.hide(torch.ones_like(logits), tile, mask), tile)
         for i in range(1, count):
-            factor = softmax.shifts[i].double().exp()
             taught = softmax.exponentials(i, grid, tile, mask, rooms[i])
-            self._add(i, taught, tile, factor)
-            self._add(count - 1 + i, torch.mul(taught, logits, out=grid.room(tile, count)), tile, factor)
+            self._add(i, taught, tile)
+            self._add(count - 1 + i, torch.mul(taught, logits, out=grid.room(tile, count)), tile)
         if self.maxima is not None:
             self.maxima.note(grid.hide(logits, tile, mask, -math.inf), tile)
-        self._add(0, grid.hide(softmax.exp(0, logits), tile, mask), tile, softmax.shifts[0].double().exp())
+        self._add(0, grid.hide(softmax.exp(0, logits), tile, mask), tile)
         return rooms
 
-    def _add(self, quantity: int, values: torch.Tensor, tile: Tile, factor: torch.Tensor | float = 1.0) -> None:
-        self.rows[quantity, tile[0]] += values.sum(1).double() * factor
-        self.columns[quantity, tile[1]] += values.sum(0).double() * factor
+    def _add(self, quantity: int, values: torch.Tensor, tile: Tile) -> None:
+        self.rows[quantity, tile[0]] += values.sum(1)
+        self.columns[quantity, tile[1]] += values.sum(0)
 
-    def made_exact(self, positives: torch.Tensor, keep: bool) -> _Sums:
-        """These sums, or those of float64 where fp32's do not suffice; kernels decide that on the device."""
-        softmax, student, bad = self.softmax, self.softmax.similarities[0], self.out_of_range(positives)
-        fused = softmax.task.fused
-        if fused is None:
-            return _Sums(_Softmax.of(softmax.task, student, torch.float64), keep) if bool(bad) else self
+    def mend(self, positives: torch.Tensor, kernels: ModuleType) -> None:
+        """Let kernels form the sums in float64 where this rank's do not suffice; decided on the device.
+
+        ``positives`` Float64[1, n]. The sums of a column over all ranks may suffice where those here do not, which
+        cannot be known without waiting for them.
+        """
+        softmax, student = self.softmax, self.softmax.similarities[0]
+        _, lower, upper = RANGES[torch.float32]
+        few = (self.columns[0] < math.exp(lower)) & softmax.task.batch.paired(self.columns.device)
+        bad = few.any() | ~(self.columns[0] <= math.exp(upper)).all()
+        bad = bad | _Side.of(softmax, self.rows, positives).out_of_range(torch.float32).any()
         rows, columns = torch.zeros_like(self.rows), torch.zeros_like(self.columns)
-        fused.exact_sums(student, bad, softmax.grid(), rows[0], columns[0])
+        kernels.exact_sums(student, softmax.shifts[0], bad, softmax.grid(), rows[0], columns[0])
         self.rows, self.columns = torch.where(bad, rows, self.rows), torch.where(bad, columns, self.columns)
-        self.softmax = replace(softmax, shifts=[torch.where(bad, 0, shift) for shift in softmax.shifts], exact=bad)
-        return self
-
-    def out_of_range(self, positives: torch.Tensor) -> torch.Tensor:
-        """Bool[], whether fp32 could not hold or resolve some sum; ``positives`` Float64[1 + T, n]."""
-        bad = ~(self.rows.isfinite().all() & self.columns.isfinite().all())
-        paired = self.softmax.task.batch.paired(self.rows.device)
-        for i, shift in enumerate(self.softmax.shifts):
-            least = torch.exp(shift.double() - RESOLVED)
-            low = (self.rows[i] + positives[i].exp() < least).any() | ((self.columns[i] < least) & paired).any()
-            bad = bad | (low & (shift > 0))
-        return bad
+        self.softmax = replace(softmax, exact=bad)
 
 
 @dataclass
 class _Side:
     """What the sums of the rows, or of the columns, say: all Float64, one entry per row or column.
 
-    ``loss``; ``pull`` of a pair's own logit, p_i - q_i; ``inverse`` Float64[1 + T, L], 1 / sum of exp(S) for each
-    similarity; ``even``, the smoothed target of each other pair.
+    ``loss``; ``pull`` of a pair's own logit, p_i - q_i; ``inverse`` Float64[1 + T, L], 1 / sum of exp(S - shift), the
+    own pair's too, for each similarity; ``even``, the smoothed target of each other pair.
     """
 
     loss: torch.Tensor
@@ -194,9 +215,10 @@ class _Side:
     even: torch.Tensor
 
     @classmethod
-    def of(cls, task: Task, sums: torch.Tensor, positives: torch.Tensor) -> _Side:
-        count = len(positives)
-        others, own = sums[:count].log(), positives  # log of the sum over the others; -inf where there are none
+    def of(cls, softmax: _Softmax, sums: torch.Tensor, positives: torch.Tensor) -> _Side:
+        task, count, student = softmax.task, len(positives), positives[0]
+        others = sums[:count].log()  # -inf where there are none
+        own = positives - torch.stack(softmax.shifts).double()[:, None]
         gap = others[0] - own[0]
         loss = torch.logaddexp(gap, torch.zeros_like(gap))
         pull = -torch.sigmoid(gap)
@@ -204,14 +226,20 @@ class _Side:
         even = torch.zeros_like(loss)
         if task.smoothing:
             total, number = sums[2 * count - 1], sums[2 * count] + 1
-            even = task.smoothing / number
-            loss = loss + even * ((number - 1) * own[0] - total)
+            even = (1 - task.weight) * task.smoothing / number
+            loss = loss + even * ((number - 1) * student - total)
             pull = pull + even * (number - 1)
         for i in range(1, count):
             part = task.weight / (count - 1) * inverse[i]
-            loss = loss + part * (own[0] * sums[i] - sums[count - 1 + i])
+            loss = loss + part * (student * sums[i] - sums[count - 1 + i])
             pull = pull + part * sums[i]
         return cls(loss, pull, inverse, even)
+
+    def out_of_range(self, dtype: torch.dtype) -> torch.Tensor:
+        """Bool[L], where ``dtype`` could not hold or resolve some sum."""
+        _, lower, upper = RANGES[dtype]
+        fine = (self.inverse >= math.exp(-upper)) & (self.inverse <= math.exp(-lower)) & self.loss.isfinite()
+        return ~fine.all(0)
 
     def only(self, which: torch.Tensor) -> _Side:
         """With zeros elsewhere."""
@@ -236,15 +264,13 @@ class SoftmaxLoss(torch.autograd.Function):
         dtype = torch.promote_types(image.dtype, torch.float32)
         student = Similarity(image, batch.gather(columns.to(task.comm_dtype or columns.dtype)), scale, dtype)
         own = torch.stack([one.positives(batch.own) for one in (student, *task.teachers)])
-        done = _Sums(_Softmax.of(task, student, dtype), keep)
-        if dtype is not torch.float64:
-            done = done.made_exact(own, keep)
-        rows = _Side.of(task, done.rows, own)
-        placed = own.new_zeros(len(own), batch.columns)
-        placed[:, batch.own] = own
-        sums, positives, row_loss = batch.sum([done.columns, placed, rows.loss.sum()])
-        sides = rows, _Side.of(task, sums, positives).only(batch.paired(image.device))
-        loss = (row_loss + sides[1].loss.sum()) / (2 * batch.pairs)
+        softmax = _Softmax.of(task, student, dtype)
+        done, sides, loss, failed = _solve(softmax, own, keep)
+        if task.fused:
+            loss = loss.masked_fill(failed, math.nan)
+        elif bool(failed):  # the same on all ranks
+            done, sides, loss, failed = _solve(softmax.widened(own), own, keep)
+            loss = loss.masked_fill(failed, math.nan)
         if keep:
             _remember(ctx, done, sides)
         beside = done.maxima.of_pairs() if done.maxima else ()
@@ -274,6 +300,26 @@ class SoftmaxLoss(torch.autograd.Function):
         return image_gradient if needs_x else None, text_gradient, scale_gradient if needs_scale else None, None
 
 
+def _solve(
+    softmax: _Softmax, own: torch.Tensor, keep: bool
+) -> tuple[_Sums, tuple[_Side, _Side], torch.Tensor, torch.Tensor]:
+    """One walk, its rows and columns, the loss Float64[], and Bool[] whether the arithmetic's range did not do."""
+    batch, dtype, fused = softmax.task.batch, softmax.similarities[0].dtype, softmax.task.fused
+    done = _Sums(softmax, keep)
+    if fused:
+        done.mend(own, fused)
+        dtype = torch.float64  # where fp32 did not do
+    rows = _Side.of(softmax, done.rows, own)
+    placed = own.new_zeros(len(own), batch.columns)
+    placed[:, batch.own] = own
+    failures = rows.out_of_range(dtype).double().sum()
+    sums, positives, row_loss, failures = batch.sum([done.columns, placed, rows.loss.sum(), failures])
+    columns, paired = _Side.of(softmax, sums, positives), batch.paired(own.device)
+    failed = (failures > 0) | (columns.out_of_range(dtype) & paired).any()
+    columns = columns.only(paired)
+    return done, (rows, columns), (row_loss + columns.loss.sum()) / (2 * batch.pairs), failed
+
+
 class _Factors(NamedTuple):
     """What the gradient needs beside the exponentials: for each similarity, by row and by column, what its exponentials
     are multiplied with; the even part of the target; and the weights of the pairs' own products."""
@@ -290,7 +336,6 @@ def _factors(done: _Sums, rows: _Side, columns: _Side) -> _Factors:
     dtype = torch.float64 if task.fused else done.softmax.similarities[0].dtype  # kernels choose, as the sums are
     parts = torch.full_like(rows.inverse[:, :1], -task.weight / max(len(task.teachers), 1))
     parts[0] = 1
-    parts *= torch.stack([shift.double().exp() for shift in done.softmax.shifts])[:, None]
     return _Factors(
         (rows.inverse * parts).to(dtype),
         (columns.inverse * parts).to(dtype),
