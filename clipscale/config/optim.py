@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from clipscale.config.fields import event, fixed
+from clipscale.config.fields import event, fixed, free
+from clipscale.errors import ConfigError
 
 
 class LossName(Enum):
@@ -81,6 +82,24 @@ class Optim:
     """AdamW's epsilon (CLIP: 1e-6 for ViT, 1e-8 for ResNet)."""
     clip_grad_norm: float | None = event(None)
     """Largest global gradient norm; null does not clip."""
+    microbatches: Any = free(1)
+    """Parts in which a process takes its pairs of a batch through the towers, so that the batch need not fit into its
+    memory: a number, or `auto` for as few as `max_microbatch` allows. The gradient is that of the whole batch; more
+    than 1 repeat all but one part's forward pass. Where something is random in the model, each part draws its own."""
+    max_microbatch: int | None = free(None)
+    """Most pairs that a process takes through the towers at once, where `microbatches=auto`."""
+
+    def count_microbatches(self, pairs: int) -> int:
+        """How many microbatches a process makes of its ``pairs`` of a batch. Raises ConfigError for more than pairs."""
+        if self.microbatches == "auto":
+            assert self.max_microbatch is not None, "validate refuses it"
+            return -(-pairs // self.max_microbatch)
+        if self.microbatches > pairs:
+            raise ConfigError(
+                f"optim.microbatches={self.microbatches} is more than the {pairs} pairs of a batch that a process has; "
+                f"use optim.microbatches={pairs} or less, or optim.microbatches=auto"
+            )
+        return self.microbatches
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from clipscale.config.data import Builtin, Data
+from clipscale.config.optim import Optim
 from clipscale.config.schema import Config
 from clipscale.errors import ConfigError
 
@@ -28,7 +29,7 @@ def usable_processes(streams: int, world: int) -> int:
 
 def validate(config: Config) -> None:
     """Check that this configuration can be run. Raises ConfigError that lists all that is wrong."""
-    found = [*_sizes(config), *_batch(config), *_data(config), *_training(config)]
+    found = [*_sizes(config), *_batch(config), *_microbatches(config.optim), *_data(config), *_training(config)]
     if len(found) == 1:
         raise ConfigError(found[0])
     if found:
@@ -84,6 +85,16 @@ def _batch(config: Config) -> Iterator[str]:
             f"{default_streams(batch)}, or, for a run that has them, global_batch_size="
             f"{-(-batch // max(streams, 1)) * max(streams, 1)}"
         )
+
+
+def _microbatches(optim: Optim) -> Iterator[str]:
+    count, most = optim.microbatches, optim.max_microbatch
+    if count != "auto" and (type(count) is not int or count < 1):
+        yield f"optim.microbatches={count}: choose auto or a number, 1 or more"
+    if most is not None and most < 1:
+        yield f"optim.max_microbatch={most} must be above 0"
+    if count == "auto" and most is None:
+        yield "optim.microbatches=auto needs the pairs that a process can hold at once, e.g. optim.max_microbatch=256"
 
 
 def _data(config: Config) -> Iterator[str]:

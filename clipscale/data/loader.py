@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,21 @@ class Batch:
             join([p.negative_lengths for p in parts]),
             [(join(list(images)), join(list(texts))) for images, texts in teachers],
         )
+
+    def cut(self, count: int) -> list[Batch]:
+        """``count`` microbatches of consecutive pairs, whose sizes differ by one at most; none is empty if B >= count.
+
+        What is told of the batch as a whole (``bad``, ``truncated``) is not told of them.
+        """
+        if count == 1:
+            return [self]
+        images, lengths = self.images.tensor_split(count), self.text_lengths.tensor_split(count)
+        ids = self.text_ids.split([int(part.sum()) for part in lengths])
+        keys = iter(self.keys)
+        return [
+            Batch(*tensors, self.positions, list(islice(keys, len(tensors[0]))))
+            for tensors in zip(images, ids, lengths, strict=True)
+        ]
 
 
 def _room_for_images(count: int, size: int) -> torch.Tensor:
@@ -291,6 +307,7 @@ def _end_with_the_trainer() -> None:
     os._exit(1)
 
 
-def step_seed(seed: int, samples_seen: int, rank: int) -> int:
-    """Seed of everything random in a step on one rank (dropout, stochastic depth); derived, never saved."""
-    return mix(seed, samples_seen, rank) >> 1
+def step_seed(seed: int, samples_seen: int, rank: int, microbatch: int) -> int:
+    """Seed of everything random in the forward pass of a microbatch on one rank (dropout, stochastic depth); derived,
+    never saved."""
+    return mix(seed, samples_seen, rank, microbatch) >> 1

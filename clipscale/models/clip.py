@@ -42,8 +42,8 @@ class Temperature(nn.Module):
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         # A copy: FSDP frees the gathered parameter after this, and the loss would read freed memory.
-        bias = None if self.logit_bias is None else self.logit_bias.float().clone()
-        return self.logit_scale.float().exp(), bias
+        bias = None if self.logit_bias is None else _at_least_fp32(self.logit_bias).clone()
+        return _at_least_fp32(self.logit_scale).exp(), bias
 
 
 class CLIP(nn.Module):
@@ -107,7 +107,11 @@ def build_model(
     return model
 
 
+def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _normalize(features: torch.Tensor) -> torch.Tensor:
     # In fp32 whatever autocast says: the epsilon of a normalisation lies below fp16's smallest number.
     with torch.autocast(features.device.type, enabled=False):
-        return F.normalize(features.float(), dim=-1)
+        return F.normalize(_at_least_fp32(features), dim=-1)

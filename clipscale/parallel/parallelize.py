@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +30,9 @@ class Parallelized:
 
     model: CLIP
     module: Callable[..., Any]
+    without_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Context in which backward passes, and the forward passes that belong to them, keep their gradients on this rank;
+    the first backward pass outside of it takes the mean over ranks of all that has gathered."""
 
 
 def parallelize(model: CLIP, config: Parallel, device: torch.device) -> Parallelized:
@@ -54,10 +58,9 @@ def parallelize(model: CLIP, config: Parallel, device: torch.device) -> Parallel
     if config.compile:
         for block in blocks["visual"]:  # captions have a length of their own in every batch
             block.compile()
-    module: Callable[..., Any] = model
     if dist.is_initialized():
-        module = STRATEGIES[config.strategy.value](model, units, device)
-    return Parallelized(model, module)
+        return STRATEGIES[config.strategy.value](model, units, device)
+    return Parallelized(model, model)
 
 
 def find_blocks(model: CLIP) -> dict[str, list[nn.Module]]:
@@ -70,28 +73,41 @@ def find_blocks(model: CLIP) -> dict[str, list[nn.Module]]:
     return {"visual": blocks, "text": [*model.text.blocks]}
 
 
-def _ddp(model: CLIP, units: list[nn.Module], device: torch.device) -> nn.Module:
+def _ddp(model: CLIP, units: list[nn.Module], device: torch.device) -> Parallelized:
     # Buffers are equal by construction: every BatchNorm takes its statistics over all ranks.
     with warnings.catch_warnings():
         # The newest torch renames this argument; the oldest supported one does not know the new name.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        module = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return Parallelized(model, module, module.no_sync)
 
 
-def _fsdp(model: CLIP, units: list[nn.Module], device: torch.device) -> nn.Module:
+def _fsdp(model: CLIP, units: list[nn.Module], device: torch.device) -> Parallelized:
     mesh = init_device_mesh(device.type, (1, world_size()), mesh_dim_names=("dp_replicate", "dp_shard"))
     shard = partial(fully_shard, mesh=mesh["dp_shard"])
     for unit in units:
         shard(unit)
     shard(model.temperature, mp_policy=MixedPrecisionPolicy())
     # The root too: left gathered after an evaluation, it would hide its shards from whoever changes or reads them then.
-    shard(model, reshard_after_forward=True)
+    root = shard(model, reshard_after_forward=True)
     for method in ("encode_image", "encode_text"):
         register_fsdp_forward_method(model, method)
-    return model
+    return Parallelized(model, model, partial(_unreduced, root))
 
 
-STRATEGIES: dict[str, Callable[[CLIP, list[nn.Module], torch.device], nn.Module]] = {
+@contextmanager
+def _unreduced(root: FSDPModule) -> Iterator[None]:
+    # Every backward pass stays a "last" one: it has no reduction to wait for, and forgets the order of the forward
+    # passes, by which the next one would fetch the wrong parameters ahead. Parameters are freed after each as ever:
+    # the gradients that stay whole meanwhile take as much memory already.
+    root.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        root.set_requires_gradient_sync(True)
+
+
+STRATEGIES: dict[str, Callable[[CLIP, list[nn.Module], torch.device], Parallelized]] = {
     "ddp": _ddp,
     "fsdp": _fsdp,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,43 +13,51 @@ from clipscale.config import Config
 from clipscale.data.loader import Batch, step_seed
 from clipscale.distributed.collectives import whole
 from clipscale.distributed.runtime import Runtime
+from clipscale.errors import ConfigError
 from clipscale.losses import LOSSES
 from clipscale.models import CLIP, Features
 from clipscale.optim import Ema
-from clipscale.parallel import towers_autocast
+from clipscale.parallel import Parallelized, has_batchnorm, towers_autocast
+from clipscale.trainer.cached import backward_through_parts
 
 
 @dataclass
 class TrainStep:
     """Forward, global-batch loss, backward, update: everything that moves the weights, in order.
 
-    ``module`` is the parallelised model that is called, ``model`` the one that owns the parameters.
+    Raises ConfigError when ``optim.microbatches`` asks for what this model or this rank's share of a batch cannot give.
     """
 
     config: Config
     runtime: Runtime
-    module: Callable[..., Features]
-    model: CLIP
+    laid_out: Parallelized
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: Ema | None
     _norm: torch.Tensor | None = None  # of the gradient before clipping; None if nothing is clipped
 
+    def __post_init__(self) -> None:
+        pairs = self.config.global_batch_size // self.runtime.world
+        self._microbatches = self.config.optim.count_microbatches(pairs)
+        if self._microbatches > 1 and has_batchnorm(self.model):
+            raise ConfigError(
+                f"optim.microbatches={self.config.optim.microbatches}: BatchNorm would take the statistics of "
+                f"{self._microbatches} microbatches for those of the batch, so model.vision.timm="
+                f"{self.config.model.vision.timm} needs optim.microbatches=1; parallel.activation_checkpointing=full "
+                "saves memory too"
+            )
+
+    @property
+    def model(self) -> CLIP:
+        """The model that owns the parameters."""
+        return self.laid_out.model
+
     def __call__(self, batch: Batch, samples_seen: int, lr: float) -> torch.Tensor:
         """Train on this rank's part of a batch that begins after ``samples_seen``. Returns the loss of the global
         batch, Float[], still on the device."""
-        # Derived, never saved: a resumed run draws what an undisturbed one would have drawn.
-        torch.manual_seed(step_seed(self.config.seed, samples_seen, self.runtime.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        device = self.runtime.device
-        images = batch.images.to(device, non_blocking=True)
-        ids = batch.text_ids.to(device, non_blocking=True)
-        lengths = batch.text_lengths.to(device, non_blocking=True)
-        with towers_autocast(self.config.precision.name, device):
-            features = self.module(images, ids, lengths, int(batch.text_lengths.max()))
-        loss = LOSSES[self.config.loss.name.value](*features)
-        self.scaler.scale(loss).backward()
+        loss = self._backward(batch, samples_seen)
         self.scaler.unscale_(self.optimizer)
         if self.config.optim.clip_grad_norm is not None:
             self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad_norm)
@@ -58,7 +66,39 @@ class TrainStep:
         self._clamp_temperature()
         if self.ema is not None:
             self.ema.update()
-        return loss.detach()
+        return loss
+
+    def _backward(self, batch: Batch, samples_seen: int) -> torch.Tensor:
+        """Give the parameters their gradients, scaled as the scaler likes. Returns the loss, detached."""
+        parts = batch.cut(self._microbatches)
+
+        def forward(i: int) -> Features:
+            # Derived, never saved: a resumed run draws what an undisturbed one would have drawn, and a repeated forward
+            # pass what the first one drew.
+            torch.manual_seed(step_seed(self.config.seed, samples_seen, self.runtime.rank, i))
+            return self._features(parts[i])
+
+        def backward(features: Features) -> torch.Tensor:
+            loss = self._loss(features)
+            self.scaler.scale(loss).backward()
+            return loss.detach()
+
+        if len(parts) == 1:
+            return backward(forward(0))
+        return backward_through_parts(forward, len(parts), backward, self.laid_out.without_sync)
+
+    def _features(self, batch: Batch) -> Features:
+        device = self.runtime.device
+        images = batch.images.to(device, non_blocking=True)
+        ids = batch.text_ids.to(device, non_blocking=True)
+        lengths = batch.text_lengths.to(device, non_blocking=True)
+        # A context for each pass: the casts that autocast keeps from one without a graph have none.
+        with towers_autocast(self.config.precision.name, device):
+            return self.laid_out.module(images, ids, lengths, int(batch.text_lengths.max()))
+
+    def _loss(self, features: Features) -> torch.Tensor:
+        """Loss of the global batch, of which ``features`` are this rank's pairs."""
+        return LOSSES[self.config.loss.name.value](*features)
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all parameters of all ranks, before it was clipped."""

@@ -59,7 +59,7 @@ class Trainer:
         optimizer = build_optimizer(self.model, config.optim)
         self.ema = Ema(self.model, config.ema.decay) if config.ema.decay is not None else None
         scaler = build_scaler(config.precision.name, runtime.device)
-        self.step = TrainStep(config, runtime, laid_out.module, self.model, optimizer, scaler, self.ema)
+        self.step = TrainStep(config, runtime, laid_out, optimizer, scaler, self.ema)
         self.evaluators = build_evaluators(self.data, self.store, config.model.vision, config.global_batch_size)
         self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
         self.saved = Saved(positions=[0] * self.train.order.streams, fingerprint=self.train.order.fingerprint)

@@ -54,7 +54,7 @@ def build(config: Config) -> TrainStep:
     optimizer = build_optimizer(laid_out.model, config.optim)
     ema = Ema(laid_out.model, 0.9)
     scaler = build_scaler(config.precision.name, runtime.device)
-    return TrainStep(config, runtime, laid_out.module, laid_out.model, optimizer, scaler, ema)
+    return TrainStep(config, runtime, laid_out, optimizer, scaler, ema)
 
 
 def advance(step: TrainStep, start: int, count: int) -> list[float]:

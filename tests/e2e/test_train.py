@@ -135,6 +135,18 @@ def test_two_processes_equal_one(undisturbed: tuple[Path, str], recipe: list[str
     assert_equal_runs(undisturbed[0].with_name(f"two-{strategy}"), undisturbed[0], 1e-4)
 
 
+def test_microbatches_equal_whole_batches(undisturbed: tuple[Path, str], recipe: list[str]) -> None:
+    run(*recipe, "name=cached", "optim.microbatches=auto", "optim.max_microbatch=8")
+    assert_equal_runs(undisturbed[0].with_name("cached"), undisturbed[0], 1e-4)
+
+
+def test_microbatches_that_cannot_be_are_one_line(recipe: list[str]) -> None:
+    assert "error: optim.microbatches=33 is more than" in run(*recipe, "name=many", "optim.microbatches=33", expect=2)
+    sizes = [f"model.vision.{key}=null" for key in ("patch_size", "width", "layers", "heads")]
+    refused = run(*recipe, "name=norm", "model.vision.timm=resnet18", *sizes, "optim.microbatches=2", expect=2)
+    assert "error: optim.microbatches=2: BatchNorm" in refused
+
+
 def test_torchrun_by_hand(undisturbed: tuple[Path, str], recipe: list[str]) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(

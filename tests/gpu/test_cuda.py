@@ -33,7 +33,7 @@ def losses_on(device: str, overrides: list[str]) -> list[float]:
     optimizer = build_optimizer(laid_out.model, config.optim)
     scaler = build_scaler(config.precision.name, runtime.device)
     ema = Ema(laid_out.model, 0.9)
-    return advance(TrainStep(config, runtime, laid_out.module, laid_out.model, optimizer, scaler, ema), 0, 3)
+    return advance(TrainStep(config, runtime, laid_out, optimizer, scaler, ema), 0, 3)
 
 
 @pytest.mark.parametrize(

@@ -135,12 +135,43 @@ def test_all_cross_field_mistakes_come_at_once() -> None:
         (["data.negatives_per_sample=0"], "data.negatives_per_sample=0 must be 1 or more"),
         (["data.negatives_key=json:captions"], "data.negatives_key=json:captions is not where"),
         (["data=synthetic", "data.negatives_key=txt2"], "data=synthetic has no negatives"),
+        (["optim.microbatches=0"], "optim.microbatches=0: choose auto or a number"),
+        (["optim.microbatches=2.5"], "optim.microbatches=2.5: choose"),
+        (["optim.microbatches=true"], "optim.microbatches=True: choose"),
+        (["optim.microbatches=null"], "optim.microbatches=None: choose"),
+        (["optim.microbatches=auto"], "needs the pairs that a process can hold at once, e.g. optim.max_microbatch="),
+        (["optim.microbatches=auto", "optim.max_microbatch=0"], "optim.max_microbatch=0 must be above 0"),
     ],
 )
 def test_cross_field_mistakes(overrides: list[str], message: str) -> None:
     config, _ = compose(overrides)
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
         validate(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pairs", "count"),
+    [
+        ([], 256, 1),
+        (["optim.microbatches=4"], 256, 4),
+        (["optim.microbatches=auto", "optim.max_microbatch=64"], 256, 4),
+        (["optim.microbatches=auto", "optim.max_microbatch=64"], 257, 5),
+        (["optim.microbatches=auto", "optim.max_microbatch=64"], 64, 1),
+        (["optim.microbatches=auto", "optim.max_microbatch=1000"], 256, 1),
+        (["optim.microbatches=auto", "optim.max_microbatch=1"], 7, 7),
+    ],
+)
+def test_microbatches_are_as_few_as_fit(overrides: list[str], pairs: int, count: int) -> None:
+    config, _ = compose(overrides)
+    validate(config)
+    assert config.optim.count_microbatches(pairs) == count
+
+
+def test_more_microbatches_than_pairs_are_refused() -> None:
+    config, _ = compose(["optim.microbatches=5"])
+    assert config.optim.count_microbatches(5) == 5
+    with pytest.raises(ConfigError, match=r"=5 is more than the 4 pairs .* use optim\.microbatches=4"):
+        config.optim.count_microbatches(4)
 
 
 def test_every_field_is_documented_and_marked() -> None:

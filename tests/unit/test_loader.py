@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from clipscale.config.data import LongCaption
 from clipscale.data import loader
 from clipscale.data.index import ShardIndex, walk
-from clipscale.data.loader import TrainLoader
+from clipscale.data.loader import Batch, TrainLoader
 from clipscale.data.manifest import ShardFile, expand_shards
 from clipscale.data.order import SampleOrder
 from clipscale.data.prepare import SampleOptions
@@ -68,6 +69,22 @@ def test_a_long_bad_stretch_is_not_fatal(tmp_path: Path, tokenizer: Tokenizer, m
     assert first < 50, "this seed begins with usable samples"
     made = make_loader(files, order, tokenizer, 8)
     assert sum(len(batch.bad) for batch in islice(made, 12)) >= 400
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, [12]), (2, [6, 6]), (5, [3, 3, 2, 2, 2]), (12, [1] * 12)])
+def test_a_batch_is_cut_into_microbatches(
+    files: list[ShardFile], tokenizer: Tokenizer, count: int, sizes: list[int]
+) -> None:
+    order = make_order(files)
+    assert order.streams == 12
+    batch = next(iter(make_loader(files, order, tokenizer, 12)))
+    parts = batch.cut(count)
+    assert [len(part.images) for part in parts] == [len(part.text_lengths) for part in parts] == sizes
+    assert [int(part.text_lengths.sum()) for part in parts] == [len(part.text_ids) for part in parts]
+    joined = Batch.concatenate(parts)
+    assert joined.keys == batch.keys
+    for name in ("images", "text_ids", "text_lengths"):
+        assert torch.equal(getattr(joined, name), getattr(batch, name)), name
 
 
 def test_long_captions_may_begin_at_any_sentence(tmp_path: Path, tokenizer: Tokenizer) -> None:

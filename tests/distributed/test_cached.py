@@ -1,0 +1,270 @@
+"""A step in microbatches has the gradient of the whole batch, whatever the layout, in fp64 to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import PatchDropout
+from torch.distributed.tensor.debug import CommDebugMode
+
+from clipscale.config import compose
+from clipscale.config.schema import Config
+from clipscale.data.loader import Batch, step_seed
+from clipscale.distributed.collectives import average, rank, whole, world_size
+from clipscale.distributed.runtime import Runtime
+from clipscale.errors import ConfigError
+from clipscale.losses import LOSSES
+from clipscale.models import CLIP, Features, build_model
+from clipscale.optim import build_optimizer
+from clipscale.parallel import build_scaler, parallelize
+from clipscale.trainer.step import TrainStep
+from tests.distributed.test_parallel import B, make_batch, small
+
+Gradients = dict[str, torch.Tensor]
+STEPS = 3
+
+
+def configured(overrides: list[str], tower: str = "vit") -> Config:
+    config, _ = compose([f"global_batch_size={B}", *overrides])
+    rate = config.model.vision.drop_path
+    config.model = small(tower)
+    config.model.vision.drop_path = rate
+    return config
+
+
+def double(config: Config) -> CLIP:
+    return build_model(config.model, logit_bias=config.loss.first_bias).double()
+
+
+def build(config: Config, model: CLIP, scaler: torch.amp.GradScaler | None = None) -> TrainStep:
+    runtime = Runtime(rank(), world_size(), rank(), torch.device("cpu"))
+    laid_out = parallelize(model, config.parallel, runtime.device)
+    optimizer = build_optimizer(laid_out.model, config.optim)
+    scaler = scaler or build_scaler(config.precision.name, runtime.device)
+    return TrainStep(config, runtime, laid_out, optimizer, scaler, None)
+
+
+def my_batch(number: int) -> Batch:
+    pairs = B // world_size()
+    return make_batch(number, slice(rank() * pairs, (rank() + 1) * pairs))
+
+
+def train(step: TrainStep) -> list[tuple[float, Gradients]]:
+    """Loss and gradients of several steps: a reducer that is left in a bad state shows at the second one."""
+    results = []
+    for number in range(STEPS):
+        step.zero_grad()
+        loss = step(my_batch(number), number * B, 1e-3).item()
+        results.append((loss, {n: whole(p.grad).clone() for n, p in step.model.named_parameters()}))
+    return results
+
+
+def trained(overrides: list[str]) -> list[tuple[float, Gradients]]:
+    config = configured(overrides)
+    return train(build(config, double(config)))
+
+
+def worst(ours: Gradients, truth: Gradients) -> tuple[float, str]:
+    """The largest relative error of a parameter's gradient; a vanishing one is held against the others' size."""
+    scale = max(gradient.norm() for gradient in truth.values())
+    errors = ((float((ours[n] - g).norm() / max(g.norm(), 1e-3 * scale)), n) for n, g in truth.items())
+    return max(errors)
+
+
+def assert_equal(ours: list[tuple[float, Gradients]], truth: list[tuple[float, Gradients]], bound: float) -> None:
+    for number, ((loss, gradients), (true_loss, true_gradients)) in enumerate(zip(ours, truth, strict=True)):
+        assert loss == pytest.approx(true_loss, rel=bound), f"step {number}"
+        error, name = worst(gradients, true_gradients)
+        assert error <= bound, f"step {number}: gradient of {name}: {error}"
+
+
+LOSS = ["loss=clip", "loss=siglip"]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, list[tuple[float, Gradients]]]:
+    """One process on the whole batch at once."""
+    return {loss: trained([loss]) for loss in LOSS}
+
+
+@pytest.mark.parametrize("loss", LOSS)
+@pytest.mark.parametrize("count", [2, 3, 4, 16])  # 3 does not divide 16
+def test_one_process(alone: Any, loss: str, count: int) -> None:
+    assert_equal(trained([loss, f"optim.microbatches={count}"]), alone[loss], 1e-12)
+
+
+TABLE = [
+    # world, layout, loss, microbatches of each rank
+    (2, "ddp", "loss=clip", 1),
+    (2, "ddp", "loss=clip", 2),
+    (2, "ddp", "loss=clip", 3),
+    (2, "ddp", "loss=clip", 4),
+    (2, "ddp", "loss=siglip", 4),
+    (2, "fsdp", "loss=clip", 1),
+    (2, "fsdp", "loss=clip", 2),
+    (2, "fsdp", "loss=clip", 4),
+    (2, "fsdp", "loss=siglip", 4),
+    (4, "ddp", "loss=clip", 4),
+]
+
+
+@pytest.mark.parametrize(("world", "layout", "loss", "count"), TABLE)
+def test_ranks(pools: Any, alone: Any, world: int, layout: str, loss: str, count: int) -> None:
+    for result in pools[world].run(trained, [f"parallel={layout}", loss, f"optim.microbatches={count}"]):
+        assert_equal(result, alone[loss], 1e-12)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_ranks_with_checkpointed_blocks(pool2: Any, alone: Any, layout: str) -> None:
+    overrides = [f"parallel={layout}", "optim.microbatches=4", "parallel.activation_checkpointing=full"]
+    for result in pool2.run(trained, overrides):
+        assert_equal(result, alone["loss=clip"], 1e-12)
+
+
+# ---- what is random in the model --------------------------------------------------------------------------------
+
+RANDOM = ["model.vision.drop_path=0.4", "optim.microbatches=4"]
+
+
+def randomised(config: Config) -> CLIP:
+    """Stochastic depth from the configuration, and half of the patches dropped."""
+    model = double(config)
+    trunk: Any = model.visual.trunk
+    assert trunk.num_prefix_tokens == 1
+    trunk.patch_drop = PatchDropout(0.5, num_prefix_tokens=1)
+    return model
+
+
+def cached(overrides: list[str]) -> Gradients:
+    config = configured([*RANDOM, *overrides])
+    step = build(config, randomised(config))
+    step(my_batch(0), 5 * B, 1e-3)
+    return {n: whole(p.grad).clone() for n, p in step.model.named_parameters()}
+
+
+def kept(seed: int) -> Gradients:
+    """The same, with the graphs of all microbatches kept."""
+    model = randomised(configured(RANDOM))
+    parts = []
+    for i, part in enumerate(my_batch(0).cut(4)):
+        torch.manual_seed(step_seed(seed, 5 * B, rank(), i))
+        parts.append(model(part.images, part.text_ids, part.text_lengths))
+    image, text = (torch.cat(tensors) for tensors in list(zip(*parts, strict=True))[:2])
+    LOSSES["clip"](*Features(image, text, *parts[0][2:])).backward()
+    return {n: average(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_repeated_pass_draws_as_the_first_one() -> None:
+    truth = kept(seed=0)
+    assert worst(cached([]), truth)[0] <= 1e-12
+    assert worst(cached(["parallel.activation_checkpointing=full"]), truth)[0] <= 1e-12
+    assert worst(kept(seed=1), truth)[0] > 0.01, "nothing was random"
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_a_repeated_pass_draws_as_the_first_one_on_each_rank(pool2: Any, layout: str) -> None:
+    truth = pool2.run(kept, 0)[0]
+    for gradients in pool2.run(cached, [f"parallel={layout}"]):
+        assert worst(gradients, truth)[0] <= 1e-12
+
+
+# ---- precision --------------------------------------------------------------------------------------------------
+
+
+def scaled(overrides: list[str], scale: float) -> list[tuple[float, Gradients]]:
+    config = configured(overrides)
+    return train(build(config, double(config), torch.amp.GradScaler("cpu", init_scale=scale)))
+
+
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**-3])
+def test_the_loss_is_scaled_once(alone: Any, scale: float) -> None:
+    assert_equal(scaled(["optim.microbatches=4"], scale), alone["loss=clip"], 1e-12)
+
+
+def test_the_loss_is_scaled_once_on_ranks(pool2: Any, alone: Any) -> None:
+    for result in pool2.run(scaled, ["parallel=ddp", "optim.microbatches=4"], 2.0**10):
+        assert_equal(result, alone["loss=clip"], 1e-12)
+
+
+def in_precision(name: str, count: int) -> tuple[float, Gradients]:
+    config = configured([f"precision={name}", f"optim.microbatches={count}"])
+    return train(build(config, build_model(config.model)))[0]
+
+
+@pytest.mark.parametrize(("name", "bound"), [("fp32", 1e-5), ("amp_bf16", 0.05), ("amp_fp16", 0.01)])
+def test_precisions(name: str, bound: float) -> None:
+    assert_equal([in_precision(name, 4)], [in_precision(name, 1)], bound)
+
+
+# ---- what it costs ----------------------------------------------------------------------------------------------
+
+
+def reductions(layout: str, count: int) -> dict[str, int]:
+    config = configured([f"parallel={layout}", f"optim.microbatches={count}"])
+    step = build(config, build_model(config.model))
+    train(step)  # DDP lays its buckets out anew after the first step
+    step.zero_grad()
+    with CommDebugMode() as counted:
+        step(my_batch(0), 0, 1e-3)
+    return {str(op): n for op, n in counted.get_comm_counts().items() if "reduce" in str(op)}
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_gradients_are_reduced_once(pool2: Any, layout: str) -> None:
+    once, cached = pool2.run(reductions, layout, 1), pool2.run(reductions, layout, 4)
+    assert once == cached
+    assert all(once)
+
+
+class _Saved:
+    """A tensor that a graph keeps, counted while it does."""
+
+    alive = peak = 0
+
+    def __init__(self, tensor: torch.Tensor, owned: set[int]) -> None:
+        self.tensor = tensor
+        self.bytes = 0 if tensor.untyped_storage().data_ptr() in owned else tensor.nbytes
+        _Saved.alive += self.bytes
+        _Saved.peak = max(_Saved.peak, _Saved.alive)
+
+    def __del__(self) -> None:
+        _Saved.alive -= self.bytes
+
+
+def peak_bytes(count: int) -> int:
+    config = configured([f"optim.microbatches={count}"])
+    step = build(config, build_model(config.model))
+    owned = {p.untyped_storage().data_ptr() for p in step.model.parameters()}
+    _Saved.alive = _Saved.peak = 0
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: _Saved(t, owned), lambda saved: saved.tensor):
+        step(my_batch(0), 0, 1e-3)
+    return _Saved.peak
+
+
+def test_one_graph_is_kept_at_a_time() -> None:
+    assert peak_bytes(4) < 0.3 * peak_bytes(1)
+
+
+# ---- what is refused --------------------------------------------------------------------------------------------
+
+
+def refusal(make: Callable[[], object]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make()
+    return str(caught.value)
+
+
+def test_batchnorm_is_refused() -> None:
+    config = configured(["optim.microbatches=2"], "resnet18")
+    text = refusal(lambda: build(config, build_model(config.model)))
+    assert "BatchNorm" in text and "optim.microbatches=1" in text
+    config.optim.microbatches = 1
+    build(config, build_model(config.model))
+
+
+def test_more_microbatches_than_pairs_are_refused() -> None:
+    config = configured([f"optim.microbatches={B + 1}"])
+    assert f"use optim.microbatches={B} or less" in refusal(lambda: build(config, build_model(config.model)))
