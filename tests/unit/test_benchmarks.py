@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import loss
+from benchmarks import loss, loss_modes
 from benchmarks.loader_shards import ImageSet, make_shards
 from benchmarks.loader_side import Job, measure, rates
 from benchmarks.loss_sides import errors, peak_bytes, sides
@@ -63,3 +64,13 @@ def test_the_losses_are_measured_and_drawn(tmp_path: Path, capsys: pytest.Captur
 def test_ours_is_held_against_the_truth_on_the_same_features() -> None:
     found = errors(64, 16, 14.3)
     assert max(found["clipscale fp32"]) < 1e-5 < min(found["clipscale bf16 features"][:2])
+
+
+def test_the_modes_are_held_against_the_truth(pool2: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [pool2.run(loss_modes.on_rank, number)[0] for number in range(len(loss_modes.modes()))]
+    for row in rows:
+        found = [row["cosine"], row["norm_ratio"], row["scale_ratio"]]
+        assert np.isfinite(found).all()
+        assert not row["mode"].startswith("clipscale") or found == pytest.approx([1, 1, 1], abs=1e-9)
+    loss_modes.show(rows)
+    assert capsys.readouterr().out.count("clipscale") == 4
