@@ -40,8 +40,8 @@ LOOKS = {
     "open_clip clip": (ORANGE, "-", "o"),
     "open_clip siglip": (ORANGE, ":", "s"),
     "clip": (BLUE, "-", "o"),
-    "clip, 256 MB of tiles": (BLUE, "--", "^"),
     "siglip": (BLUE, ":", "s"),
+    "clip, 256 MB of tiles": (BLUE, "--", "^"),
 }
 
 
@@ -115,8 +115,12 @@ def plot(found: dict[str, list[dict]], out: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    panels = {"memory": ("peak_bytes", 1e-6, "MB on top of the inputs"), "time": ("cpu_s", 1, "CPU seconds")}
+    panels = {
+        "memory": ("peak_bytes", 1e-6, "memory on top of the inputs, MB"),
+        "time": ("cpu_s", 1, "time of forward and backward, CPU seconds"),
+    }
     figure, both = plt.subplots(1, 2, figsize=(9, 3.9), layout="constrained")
     for axes, (measure, (key, unit, label)) in zip(both, panels.items(), strict=True):
         rows = found.get(measure, [])
@@ -125,14 +129,17 @@ def plot(found: dict[str, list[dict]], out: Path) -> None:
             label_of = name if name.startswith("open_clip") else f"clipscale {name}"
             axes.plot(*zip(*points, strict=True), line, marker=marker, color=colour, label=label_of, markersize=4)
         sizes = sorted({row["pairs"] for row in rows})
-        axes.set(xscale="log", yscale="log", xlabel="pairs in the batch", ylabel=label)
+        axes.set(xscale="log", yscale="log", xlabel="pairs in the batch")
+        axes.set_title(label, loc="left", fontsize=10)
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
-        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*both[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=100)
 
 
 def main() -> None:
