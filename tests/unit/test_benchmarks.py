@@ -1,16 +1,19 @@
-"""The benchmark of the loader measures what it says, on a few small pictures; the peer is not needed."""
+"""The benchmarks measure what they say: the loader's on a few small pictures, the losses' on a few pairs."""
 
 from __future__ import annotations
 
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import loss, loss_modes
 from benchmarks.loader_shards import ImageSet, make_shards
 from benchmarks.loader_side import Job, measure, rates
+from benchmarks.loss_sides import errors, peak_bytes, sides
 
 TINY = ImageSet("tiny", 64, 48, 3000, 24, 2)
 
@@ -45,3 +48,29 @@ def test_clipscales_side_of_every_measure(job: Job) -> None:
     for floats in (False, True):
         answer = rates(Job(**vars(job) | {"measure": "rate", "floats": floats}))()
         assert answer["per_s"] > 0 and answer["per_cpu_s"] > 0
+
+
+def test_the_losses_are_measured_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = [{"loss": name, "pairs": 64, "peak_bytes": 1 + peak_bytes(name, 64, 16)} for name in sides()]
+    found = {"time": loss.times(64, 16, rounds=2), "memory": taken}
+    assert all(row["cpu_s"] > 0 for row in found["time"])
+    assert [row["loss"] for row in found["time"] if "ratio" in row] == ["clip", "clip, 256 MB of tiles", "siglip"]
+    loss.show(found | {"precision": [{"scale": 14.3, "pairs": 64, **errors(64, 16, 14.3)}]})
+    assert "relative errors" in capsys.readouterr().out
+    loss.plot(found, tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").size[0] > 500
+
+
+def test_ours_is_held_against_the_truth_on_the_same_features() -> None:
+    found = errors(64, 16, 14.3)
+    assert max(found["clipscale fp32"]) < 1e-5 < min(found["clipscale bf16 features"][:2])
+
+
+def test_the_modes_are_held_against_the_truth(pool2: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [pool2.run(loss_modes.on_rank, number)[0] for number in range(len(loss_modes.modes()))]
+    for row in rows:
+        found = [row["cosine"], row["norm_ratio"], row["scale_ratio"]]
+        assert np.isfinite(found).all()
+        assert not row["mode"].startswith("clipscale") or found == pytest.approx([1, 1, 1], abs=1e-9)
+    loss_modes.show(rows)
+    assert capsys.readouterr().out.count("clipscale") == 4
