@@ -166,9 +166,9 @@ def _others() -> dict[str, Callable[[Any], torch.Tensor]]:
     """Losses for which there are no kernels, by what they have that others have not."""
     given = {key: value.float() for key, value in inputs(Case(30, 16)).items()}
     pair = given["image"], given["text"]
-    double = [tensor.double() for tensor in pair]
+    double, teacher = [tensor.double() for tensor in pair], Teacher(*pair[::-1], 9.0)
     return {
-        "teachers": lambda backend: distill_loss(*pair, 20.0, [Teacher(*pair[::-1], 9.0)], group=ALONE, backend=backend),
+        "teachers": lambda backend: distill_loss(*pair, 20.0, [teacher], group=ALONE, backend=backend),
         "smoothing": lambda backend: clip_loss(*pair, 20.0, label_smoothing=0.1, group=ALONE, backend=backend),
         "statistics": lambda backend: clip_loss(*pair, 20.0, stats=True, group=ALONE, backend=backend)[0],
         "statistics, sigmoid": lambda backend: siglip_loss(

@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from clipscale.losses import clip_loss
+from clipscale.losses import clip_loss, siglip_loss
 from tests.kernels import CASES, WORLD, too_far
 
 triton = pytest.importorskip("triton")
@@ -79,6 +81,36 @@ except ValueError as error:
 def test_without_triton() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True)
     assert done.stdout == 'backend="triton" needs triton, which is not installed: backend="torch"\n'
+
+
+def _step_on_a_fake_gpu(loss: Callable[..., Any], backend: str, hidden: bool) -> None:
+    """Forward and backward over tensors that have shapes only, so that reading a number of one is an error."""
+    image, text, extra = (torch.empty(n, 64, device="cuda", dtype=torch.bfloat16) for n in (5000, 5000, 300))
+    scale, bias = (torch.empty(1, device="cuda", requires_grad=True) for _ in range(2))
+    ids = torch.empty(5000, device="cuda", dtype=torch.int64)
+    more = {"pair_ids": (ids, ids), "extra_text": extra} if hidden else {}
+    given = image.requires_grad_(), text.requires_grad_(), scale, *([bias] if loss is siglip_loss else [])
+    value = loss(*given, backend=backend, **more)
+    image_gradient, *_ = value.grad_fn.apply(torch.empty_like(value), None)  # the engine itself wants a real device
+    assert image_gradient.shape == image.shape
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
+def test_nothing_waits_for_the_device(loss: Callable[..., Any], hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    launched: list[str] = []
+    monkeypatch.setattr(triton.JITFunction, "run", lambda kernel, *_, **__: launched.append(kernel.fn.__name__))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
+    with FakeTensorMode():
+        if loss is clip_loss:
+            with pytest.raises(DataDependentOutputException):  # as torch's tiles do wait, this would show it
+                _step_on_a_fake_gpu(loss, "torch", hidden)
+        assert not launched
+        _step_on_a_fake_gpu(loss, "auto", hidden)
+        assert launched
 
 
 KERNELS = ("_sums", "_weights", "_sigmoid", "_exact_sums", "_exact_weights")
