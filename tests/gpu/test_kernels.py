@@ -16,6 +16,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
+# Where everything is nearly the same, weights that are rounded to halves leave less of the scale's gradient, which
+# cancels, than those of tiles in float64 do: 0.05 of it was computed for such rounding.
+CANCELS = 0.1
 ALONE = {name: case for name, case in CASES.items() if case.world == 1}
 # Of several super-tiles, each of many blocks, and neither a whole number of them.
 LARGE = {
@@ -32,17 +35,14 @@ def waiting_allowed() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ALONE)
-def test_equal_the_tiles(name: str) -> None:
-    errors = measure(ALONE[name], "cuda")
-    assert errors and not too_far(ALONE[name], errors)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ALONE)
-def test_equal_the_tiles_in_halves(name: str, dtype: torch.dtype) -> None:
+def test_equal_the_tiles(name: str, dtype: torch.dtype) -> None:
     case = replace(ALONE[name], dtype=dtype)
-    assert not too_far(case, measure(case, "cuda"))
+    if dtype is not torch.float32 and case.geometry in ("opposed", "long"):
+        case = replace(case, bound=CANCELS)
+    errors = measure(case, "cuda")
+    assert errors and not too_far(case, errors)
 
 
 @pytest.mark.parametrize("name", LARGE)
