@@ -33,8 +33,8 @@ TYPES = {
 
 
 def run_on(device: torch.device) -> bool:
-    """Whether the kernels can run there."""
-    if device.type == "cuda":
+    """Whether the kernels can run there; ROCm, whose devices are called CUDA's too, has less memory for blocks."""
+    if device.type == "cuda" and torch.version.hip is None:
         return torch.cuda.get_device_capability(device) >= CAPABILITY
     return INTERPRETED
 

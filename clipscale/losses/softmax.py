@@ -13,6 +13,9 @@ One exponential per logit serves rows and columns: ``E = exp(S - shift)`` with o
 to about 75, and else what keeps the sums of unit vectors' from overflowing. Where a row or column lies too far below
 to be resolved, or the features are no unit vectors, this rank goes through its tiles once more in float64, which has
 the range. Sums are kept in float64 in any case: they are only n + M numbers.
+
+On a GPU, kernels can take the place of both, with one difference: where float64 takes over, gradients are still added
+up in fp32, because whether it does is known to the device alone.
 """
 
 from __future__ import annotations

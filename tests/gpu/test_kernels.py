@@ -19,10 +19,13 @@ pytestmark = [
 # Where everything is nearly the same, weights that are rounded to halves leave less of the scale's gradient, which
 # cancels, than those of tiles in float64 do: 0.05 of it was computed for such rounding.
 CANCELS = 0.1
+FAST = 3e-5  # fp32: of logits near 100, the fast exponential loses as much as their own rounding, 4e-6 each
 ALONE = {name: case for name, case in CASES.items() if case.world == 1}
 # Of several super-tiles, each of many blocks, and neither a whole number of them.
 LARGE = {
-    f"{loss}, {dtype}": Case(5001, 520, loss, scale=50, dtype=dtype, geometry="trained", ids=1, extra=37)
+    f"{loss}, {dtype}": Case(
+        5001, 520, loss, scale=50, dtype=dtype, geometry="trained", tile=(2000, 3000), ids=1, extra=37
+    )
     for loss in ("clip", "siglip")
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
 }
@@ -39,7 +42,9 @@ def waiting_allowed() -> Iterator[None]:
 @pytest.mark.parametrize("name", ALONE)
 def test_equal_the_tiles(name: str, dtype: torch.dtype) -> None:
     case = replace(ALONE[name], dtype=dtype)
-    if dtype is not torch.float32 and case.geometry in ("opposed", "long"):
+    if dtype is torch.float32:
+        case = replace(case, bound=max(case.bound, FAST))
+    elif case.geometry in ("opposed", "long"):
         case = replace(case, bound=CANCELS)
     errors = measure(case, "cuda")
     assert errors and not too_far(case, errors)
