@@ -45,10 +45,13 @@ def clip_loss(
         extra_text: Float[k, D], texts of this rank without an image (hard negatives). All images of all ranks are
             compared with them. A row of zeros is none; every rank brings the same k.
         tile: rows and columns of logits at a time: "auto", one number, or two.
-        cache_mb: megabytes of exponentials that may be kept for the backward pass, which then forms them no more.
+        cache_mb: megabytes of exponentials that torch's tiles may keep for the backward pass, which then forms them no
+            more; kernels keep none.
         comm_dtype: in which texts are sent to the other ranks, and the gradients back; None sends texts as they are and
             gradients in fp32.
-        backend: "triton" (CUDA), "torch", or the faster one that there is.
+        backend: "triton" forms tiles by kernels that make no host wait for its device; "torch" by torch's operations,
+            anywhere; "auto" takes kernels on CUDA where triton is installed. What kernels have not (float64 features,
+            smoothing, teachers, statistics) is done by torch with any of them.
         stats: return ``(loss, LossStats)``.
 
     Returns:
@@ -56,7 +59,7 @@ def clip_loss(
         ranks, which is what DDP and FSDP2 form, is the gradient of that loss, for the features as for the scale.
 
     Raises:
-        ValueError: shapes that do not fit each other, or differ between ranks.
+        ValueError: shapes that do not fit each other, or differ between ranks; kernels where none can run.
     """
     with torch.autocast(image.device.type, enabled=False):
         given = prepare(

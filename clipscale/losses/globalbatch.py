@@ -155,7 +155,7 @@ def hidden_pairs(batch: GlobalBatch, pair_ids: PairIds | None, extra: torch.Tens
         everyone = batch.gather(torch.cat([ids, ids.new_zeros(batch.extra)]))
         # Looking for duplicates first costs N log N, comparing all pairs n x N; on a GPU, reading the answer waits.
         if ids.is_cuda or _has_duplicates(everyone.view(batch.world, -1)[:, : batch.n]):
-            rows.append(ids)
+            rows.append(ids.contiguous())
             gathered.append(everyone)
     paired = absent = None
     if extra is not None:

@@ -24,25 +24,25 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when th
 CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 EXACT_PROGRAMS = 1024  # enough for any GPU, and little to launch in vain
 _UNSPECIALIZED = ["first", "row_start", "row_stop", "column_start", "column_stop"]  # no compilation for each edge
-_TYPES = {
+TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-GROUP = tl.constexpr(8)  # rows of blocks that follow each other, so that their features stay in the L2 cache
 
 
 def run_on(device: torch.device) -> bool:
-    """Whether the kernels can run there."""
-    if device.type == "cuda":
+    """Whether the kernels can run there; ROCm, whose devices are called CUDA's too, has less memory for blocks."""
+    if device.type == "cuda" and torch.version.hip is None:
         return torch.cuda.get_device_capability(device) >= CAPABILITY
     return INTERPRETED
 
 
 @triton.jit
-def _place(program, rows, columns, BM: tl.constexpr, BN: tl.constexpr):
-    """Block of rows and block of columns that a program works on."""
+def _place(program, rows, columns, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr = 8):
+    """Block of rows and block of columns that a program works on: GROUP rows of blocks are gone through together, so
+    that their features stay in the L2 cache."""
     high, wide = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
     group = program // (GROUP * wide)
     height = tl.minimum(high - group * GROUP, GROUP)
@@ -209,7 +209,7 @@ def _sigmoid(
     tl.store(places, weights.to(out.dtype.element_ty), mask=(i < height)[:, None] & (j < pitch)[None, :])
 
 
-class _Blocks(NamedTuple):
+class Blocks(NamedTuple):
     """A program's block of rows and columns, the dimensions that it multiplies at a time, and how it is compiled."""
 
     rows: int
@@ -219,24 +219,34 @@ class _Blocks(NamedTuple):
     stages: int
 
 
-# Chosen to fit the registers and the shared memory (99 KB on the smallest) of all GPUs from the A100 on.
-_HALVES, _FLOATS, _DOUBLES = _Blocks(128, 128, 64, 8, 3), _Blocks(128, 128, 32, 8, 2), _Blocks(64, 64, 16, 4, 2)
+def blocks(products: torch.dtype, dimensions: int) -> Blocks:
+    """Blocks for features Float[_, D] that are multiplied as ``products``.
+
+    They fit the registers, and the shared memory (99 KB on the smallest), of GPUs from the A100 on.
+    """
+    if products is torch.float64:
+        chosen = Blocks(64, 64, 16, 4, 2)
+    elif products is torch.float32:
+        chosen = Blocks(128, 128, 32, 8, 2)
+    else:
+        chosen = Blocks(128, 128, 64, 8, 3)
+    return chosen._replace(dimensions=min(chosen.dimensions, max(16, triton.next_power_of_2(dimensions))))
 
 
-class Launch:
-    """What launches on the tiles of a similarity have in common: ``Launch(one, grid)``, without or with ``exact``,
-    float64."""
+def constants(products: torch.dtype, blocks: Blocks, dimensions: int) -> dict[str, Any]:
+    """What a kernel is compiled for beside the types of its arguments."""
+    return dict(D=dimensions, DOT=TYPES[products], BM=blocks.rows, BN=blocks.columns, BK=blocks.dimensions)
+
+
+class _Launch:
+    """Kernels on the tiles of a similarity, in its own arithmetic or, if ``exact``, in float64."""
 
     def __init__(self, one: Similarity, grid: Grid, exact: bool = False) -> None:
         self._one, self._grid = one, grid
-        products = torch.float64 if exact else one.products
-        blocks = _DOUBLES if exact else _FLOATS if products is torch.float32 else _HALVES
-        depth = min(blocks.dimensions, max(16, triton.next_power_of_2(one.x.shape[1])))
-        self.blocks = blocks._replace(dimensions=depth)
-        self._options: dict[str, Any] = dict(
-            D=one.x.shape[1], DOT=_TYPES[products], BM=blocks.rows, BN=blocks.columns, BK=depth,
-            num_warps=blocks.warps, num_stages=blocks.stages,
-        )  # fmt: skip
+        products, dimensions = torch.float64 if exact else one.products, one.x.shape[1]
+        self._blocks = blocks(products, dimensions)
+        self._options = constants(products, self._blocks, dimensions)
+        self._options |= dict(num_warps=self._blocks.warps, num_stages=self._blocks.stages)
 
     def __call__(self, kernel: Any, programs: int, tile: Tile, *arguments: Any) -> None:
         one, (rows, columns) = self._one, tile
@@ -246,11 +256,11 @@ class Launch:
 
     def high(self, tile: Tile) -> int:
         """Blocks of a tile's rows."""
-        return triton.cdiv(tile[0].stop - tile[0].start, self.blocks.rows)
+        return triton.cdiv(tile[0].stop - tile[0].start, self._blocks.rows)
 
     def wide(self, tile: Tile) -> int:
         """Blocks of a tile's columns."""
-        return triton.cdiv(tile[1].stop - tile[1].start, self.blocks.columns)
+        return triton.cdiv(tile[1].stop - tile[1].start, self._blocks.columns)
 
 
 def _hidden(grid: Grid) -> tuple[torch.Tensor | None, ...]:
@@ -264,7 +274,7 @@ def _hidden(grid: Grid) -> tuple[torch.Tensor | None, ...]:
 def add_sums(one: Similarity, shift: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Tensor) -> None:
     """Add the sums of exp(S - shift), formed in fp32, over all but the pairs and what is hidden to ``rows`` Float64[n]
     and ``columns`` Float64[M]; ``shift`` is Float32[] on the device."""
-    launch = Launch(one, grid)
+    launch = _Launch(one, grid)
     for tile in grid:
         high, wide = launch.high(tile), launch.wide(tile)
         row_parts = one.x.new_empty(wide, tile[0].stop - tile[0].start, dtype=torch.float32)
@@ -279,7 +289,7 @@ def exact_sums(
 ) -> None:
     """If ``flag`` Bool[] is set, put what :func:`add_sums` adds, formed in float64, in ``rows`` and ``columns``."""
     everything = slice(0, len(rows)), slice(0, len(columns))
-    launch = Launch(one, grid, exact=True)
+    launch = _Launch(one, grid, exact=True)
     programs = launch.high(everything) + launch.wide(everything)
     launch(_exact_sums, programs, everything, flag, shift, rows, columns)
 
@@ -299,22 +309,22 @@ def weights(
     ``rows`` Float64[n] and ``columns`` Float64[M]. Formed in fp32, and in float64 if ``flag`` Bool[] is set.
     """
     for exact in (False, True):
-        launch = Launch(one, grid, exact)
-        blocks = launch.high(tile) * launch.wide(tile)
+        launch = _Launch(one, grid, exact)
+        programs = launch.high(tile) * launch.wide(tile)
         arguments = shift, rows, columns, out, out.stride(0)
         if exact:
-            launch(_exact_weights, min(blocks, EXACT_PROGRAMS), tile, flag, *arguments)
+            launch(_exact_weights, min(programs, EXACT_PROGRAMS), tile, flag, *arguments)
         else:
-            launch(_weights, blocks, tile, *arguments)
+            launch(_weights, programs, tile, *arguments)
     return out
 
 
 def sigmoid(one: Similarity, grid: Grid, tile: Tile, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """sigmoid(S) of a tile in ``out``, 0 for the pairs and what is hidden; the sums of log(1 + exp(S)) and of
     sigmoid(S), Float64[] each."""
-    launch = Launch(one, grid)
-    blocks = launch.high(tile) * launch.wide(tile)
-    parts = one.x.new_empty(2, blocks, dtype=torch.float32)
-    launch(_sigmoid, blocks, tile, one.bias, parts[0], parts[1], out, out.stride(0))
+    launch = _Launch(one, grid)
+    programs = launch.high(tile) * launch.wide(tile)
+    parts = one.x.new_empty(2, programs, dtype=torch.float32)
+    launch(_sigmoid, programs, tile, one.bias, parts[0], parts[1], out, out.stride(0))
     value, total = parts.sum(1, dtype=torch.float64)
     return value, total

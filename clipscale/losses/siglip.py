@@ -34,7 +34,7 @@ def siglip_loss(
     gradients are formed in the forward pass, in which no logit needs another, so there is nothing to cache.
 
     Raises:
-        ValueError: shapes that do not fit each other, or differ between ranks.
+        ValueError: shapes that do not fit each other, or differ between ranks; kernels where none can run.
     """
     with torch.autocast(image.device.type, enabled=False):
         given = prepare(

@@ -14,6 +14,10 @@ to about 75, and else what keeps the sums of unit vectors' from overflowing. Whe
 batch lies too far below to be resolved, or features that are no unit vectors exceed the range, all ranks go through
 their tiles once more in float64, with the shift that the largest logit asks for. That holds sums up to exp(1340) apart;
 beyond, the loss is NaN, never a wrong number. Sums are kept in float64 in any case: they are only n + M numbers.
+
+On a GPU, kernels can take the place of both, with two differences, because whether fp32 suffices is known to the device
+alone: each rank decides for itself, from its own sums; and where float64 takes over, the shift stays, and gradients are
+still added up in fp32.
 """
 
 from __future__ import annotations
