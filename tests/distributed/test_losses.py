@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from clipscale.losses import Teacher, clip_loss, distill_loss, siglip_loss
-from tests.dense import Case, Data, error, gradients, leaves, make, truth, usual
+from tests.dense import Case, Data, error, gradients, leaves, magnitudes, make, truth, usual
 
 LOSSES = [("clip", 0.0), ("siglip", 0.0), ("distill", 0.7), ("distill", 1.0)]
 DTYPES = ["float64", "float32", "bfloat16"]
@@ -115,7 +115,7 @@ def check(case: Case, ranks: list[dict[str, Any]]) -> dict[str, float]:
     """Hold a case against the truth, and where the dtype limits it, against the dense loss of the same dtype too."""
     data = make(case)
     exact, peer = truth(case, data), usual(case, data)
-    found = errors(case, exact, ranks)
+    found, sizes = errors(case, exact, ranks), magnitudes(case, data)
     for name, value in found.items():
         if case.dtype != "float64" and exact[name].norm() < 1e-30:
             continue  # no number of fp32
@@ -124,6 +124,8 @@ def check(case: Case, ranks: list[dict[str, Any]]) -> dict[str, float]:
             bound = 2**-8  # the gradient is rounded to it
         elif case.dtype != "float64" and (case.geometry != "random" or case.norm > 1):
             bound = min(max(2 * error(peer[name], exact[name]), bound), 1e-4)
+        if case.dtype != "float64" and name in sizes:
+            bound *= max(sizes[name] / exact[name].norm().item(), 1)
         assert value <= bound, f"{name}: {value:.3g} above {bound:.3g} in {case} on {len(ranks)} ranks"
     return found
 
