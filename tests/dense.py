@@ -7,7 +7,7 @@ would write down in the case's own dtype.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -174,7 +174,7 @@ def dense(case: Case, data: Data, given: dict[str, Tensor], entropy: Any = exact
     if columns.dtype is torch.bfloat16:  # as open_clip under amp: the product is bf16, the loss fp32
         logits = (given["scale"].bfloat16() * given["image"] @ columns.T).float()
     else:
-        logits = given["scale"] * given["image"] @ columns.T
+        logits = given["scale"] * given["image"] @ columns.T + given.get("offsets", 0)
     if case.loss == "siglip":
         signs = 2 * torch.eye(n, columns.shape[0], dtype=logits.dtype) - 1
         terms = -F.logsigmoid(signs * (logits + given["bias"]))
@@ -196,6 +196,16 @@ def truth(case: Case, data: Data) -> dict[str, Tensor | None]:
     """Float64, on the very numbers that the loss is given."""
     given = leaves(case, data, torch.float64)
     return gradients(case, dense(case, data, given), given)
+
+
+def magnitudes(case: Case, data: Data) -> dict[str, float]:
+    """Of the terms that add up to the gradients of scale and bias, which may all but cancel: the sum of their sizes."""
+    given = leaves(replace(case, needs=()), data, torch.float64)
+    columns = torch.cat([given["text"], given["extra"]])
+    given["offsets"] = torch.zeros(case.pairs, len(columns), dtype=torch.float64, requires_grad=True)
+    (case.factor * dense(case, data, given)).backward()
+    pull = given["offsets"].grad
+    return {"scale": (pull * (given["image"] @ columns.T)).abs().sum().item(), "bias": pull.abs().sum().item()}
 
 
 def usual(case: Case, data: Data) -> dict[str, Tensor | None]:

@@ -6,9 +6,8 @@ import math
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from clipscale.losses.softmax import Task
+from clipscale.losses.softmax import Task, refuse_second_order
 from clipscale.losses.tiles import Grid, Maxima, Similarity, Tile
 
 # Up to here 1 - sigmoid has all its digits, and minus its logarithm, at half the price of a softplus, is exact.
@@ -59,8 +58,8 @@ class SigmoidLoss(torch.autograd.Function):
         return loss.to(dtype), own, *beside
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        refuse_second_order()
         dx, dy, scale, bias = ctx.saved_tensors
         image_gradient = None if dx is None else (dx * gradient).to(ctx.image_dtype)
         text_gradient = None
@@ -116,7 +115,7 @@ def _remember(
     scale_gradient = student.pull_scale(dx, dy) * share if ctx.needs_input_grad[2] else None
     for gradient in (dx, dy):
         if gradient is not None:
-            gradient.mul_((student.scale * share).to(gradient.dtype))
+            gradient.mul_((student.scale.double() * share).to(gradient.dtype))
     ctx.task = task
     ctx.image_dtype, ctx.scale_dtype, ctx.bias_dtype = student.x.dtype, student.scale.dtype, student.bias.dtype
     ctx.save_for_backward(

@@ -29,7 +29,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from clipscale.distributed.collectives import largest
 from clipscale.losses.globalbatch import GlobalBatch, Hidden
@@ -282,8 +281,8 @@ class SoftmaxLoss(torch.autograd.Function):
         return loss.to(dtype), own[0], *beside
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        refuse_second_order()
         softmax, factors, kept = _recall(ctx)
         student, task, batch = softmax.similarities[0], ctx.task, ctx.task.batch
         needs_x, needs_y, needs_scale, _ = ctx.needs_input_grad
@@ -388,6 +387,12 @@ def _recall(ctx: Any) -> tuple[_Softmax, _Factors, dict[tuple[int, int], list[to
     similarities = [Similarity(next(saved), next(saved), next(saved), ctx.dtype) for _ in range(count)]
     kept = {_corner(tile): list(islice(saved, count)) for tile in ctx.tiles}
     return _Softmax(ctx.task, similarities, ctx.shifts, ctx.exact), factors, kept
+
+
+def refuse_second_order() -> None:
+    """Raise RuntimeError where autograd would derive what a backward pass computes, and find it constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the losses have no second derivative: leave out create_graph=True")
 
 
 def _corner(tile: Tile) -> tuple[int, int]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from clipscale.losses import Teacher, clip_loss, distill_loss, siglip_loss
 from tests.dense import Case, Data, dense, error, leaves, make, truth, unit
-from tests.distributed.test_losses import errors, on_rank
+from tests.distributed.test_losses import errors, on_rank, ours
 
 KINDS = ["clip", "siglip", "distill"]
 Loss = Any
@@ -168,3 +169,171 @@ def test_mistakes_are_named(wrong: dict[str, Any], match: str) -> None:
             siglip_loss(**given, logit_bias=0.0)
     with pytest.raises(ValueError, match=match):
         distill_loss(**{"teachers": teachers} | given)
+
+
+@pytest.mark.parametrize("loss", KINDS)
+def test_the_order_of_the_pairs_does_not_matter(loss: str) -> None:
+    image, text = features()
+    order = torch.randperm(len(image), generator=torch.Generator().manual_seed(3))
+    ids = torch.arange(len(image)) // 3
+    if loss == "distill":  # its teachers stay where they are
+        order = torch.arange(len(image))
+    one = grads(loss_of(loss, pair_ids=(ids, None)), image, text)
+    other = grads(loss_of(loss, pair_ids=(ids[order], None)), image[order], text[order])
+    close([other[0], *other[1:3]], [one[0], one[1][order], one[2][order]])
+    close(other[3:], one[3:])
+
+
+def test_images_and_texts_are_alike_to_clip() -> None:
+    image, text = features()
+    one, other = (grads(loss_of("clip", label_smoothing=0.2), *pair) for pair in ((image, text), (text, image)))
+    close([one[0], one[1], one[2], one[3]], [other[0], other[2], other[1], other[3]])
+
+
+@pytest.mark.parametrize("loss", KINDS)
+def test_tiles_and_memory_layout_do_not_matter(loss: str) -> None:
+    image, text = features()
+    whole = grads(loss_of(loss), image, text)
+    for tile in (1, 5, (3, 24), (24, 1), (100, 7)):
+        close(grads(loss_of(loss, tile=tile), image, text), whole)
+    strided = image.detach().T.contiguous().T, text.detach().repeat(1, 2)[:, : text.shape[1]]
+    close(grads(loss_of(loss), *strided), whole)
+    assert all(map(torch.equal, grads(loss_of(loss), image, text)[:3], whole[:3])), "not the same bits twice"
+
+
+@pytest.mark.parametrize("cache_mb", [0, 64])
+@pytest.mark.parametrize("loss", KINDS)
+def test_backward_twice_gives_the_same(loss: str, cache_mb: float) -> None:
+    options = {} if loss == "siglip" else {"cache_mb": cache_mb}
+    image, text = features(dtype=torch.float32)
+    value = loss_of(loss, **options)(image, text)
+    first = torch.autograd.grad(value, (image, text), retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(value, (image, text))))
+
+
+@pytest.mark.parametrize("loss", KINDS)
+def test_a_second_derivative_is_refused(loss: str) -> None:
+    """Also where autograd would take the first one for a constant: in a penalty on the gradient."""
+    image, text = features()
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(loss_of(loss)(image, text), image, create_graph=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"ids": "both", "extra": 3, "smoothing": 0.1, "tile": (2, 3)}], ids=str)
+@pytest.mark.parametrize("loss", KINDS)
+def test_finite_differences(loss: str, options: dict[str, Any]) -> None:
+    case = Case(
+        loss, pairs=5, dim=4, scale=5.0, **({k: v for k, v in options.items() if (loss, k) != ("siglip", "smoothing")})
+    )
+    data = make(case)
+    data.extra = unit(case.extra, case.dim, generator=torch.Generator().manual_seed(4))  # absence has no derivative
+    given = leaves(case, data, torch.float64)
+
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        return ours(case, data, dict(zip(given, tensors, strict=True)))
+
+    assert torch.autograd.gradcheck(call, tuple(given.values()))
+
+
+class Towers(torch.nn.Module):
+    def __init__(self, loss: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = torch.nn.Linear(16, 8), torch.nn.Linear(16, 8)
+        self.scale = torch.nn.Parameter(torch.tensor([3.0]))
+        self.loss = loss_of(loss)
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        towers = (F.normalize(tower(x), dim=-1) for tower, x in ((self.image, image), (self.text, text)))
+        return self.loss(*towers, self.scale.exp())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("loss", KINDS)
+def test_a_compiled_model_may_end_in_it(loss: str, backend: str) -> None:
+    inputs = features(dtype=torch.float32, grad=False)
+    plain, compiled = Towers(loss), Towers(loss)
+    expected, found = plain(*inputs), torch.compile(compiled, backend=backend)(*inputs)
+    expected.backward()
+    found.backward()
+    torch.testing.assert_close(found, expected)
+    for mine, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", KINDS)
+def test_autocast_changes_nothing(loss: str, dtype: torch.dtype) -> None:
+    """Neither around the loss nor around its backward pass."""
+    image, text = features(dtype=torch.float32)
+    outside = grads(loss_of(loss), image, text, 50.0)
+    with torch.autocast("cpu", dtype=dtype):
+        inside = grads(loss_of(loss), image, text, 50.0)
+    assert inside[0].dtype == torch.float32
+    assert all(mine is theirs or torch.equal(mine, theirs) for mine, theirs in zip(inside, outside, strict=True))
+
+
+@pytest.mark.parametrize("loss", KINDS)
+def test_one_tensor_may_be_both(loss: str) -> None:
+    case = Case(loss, needs=("image", "text"))
+    data = make(case)
+    data.text = data.image
+    given = leaves(case, data, torch.float64)
+    given["text"] = given["image"]
+    expected = torch.autograd.grad(dense(case, data, given), given["image"])[0]
+    found = torch.autograd.grad(ours(case, data, given), given["image"])[0]
+    assert error(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("loss", KINDS)
+def test_features_changed_before_the_backward_pass_are_noticed(loss: str) -> None:
+    image, text = features()
+    expected = torch.autograd.grad(loss_of(loss)(image * 1, text), image)[0]
+    features_of_a_tower = image * 1
+    value = loss_of(loss)(features_of_a_tower, text)
+    with torch.no_grad():
+        features_of_a_tower.add_(1)
+    if loss == "siglip":  # has formed its gradients already
+        assert torch.equal(torch.autograd.grad(value, image)[0], expected)
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()
+
+
+@pytest.mark.parametrize("loss", KINDS)
+def test_without_gradients(loss: str) -> None:
+    expected = loss_of(loss)(*features()).detach()
+    with torch.no_grad():
+        value = loss_of(loss)(*features())
+    assert torch.equal(value, expected) and not value.requires_grad
+    assert not loss_of(loss)(*features(grad=False)).requires_grad
+    only_bias = torch.tensor(-5.0, requires_grad=True)
+    assert loss_of(loss)(*features(grad=False), 20.0, only_bias).requires_grad == (loss == "siglip")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", KINDS)
+def test_mixed_dtypes(loss: str, dtype: torch.dtype) -> None:
+    """Each tensor gets a gradient of its own dtype; the loss is in fp32."""
+    image, text = features()
+    image, text = image.detach().to(dtype).requires_grad_(), text.detach().float().requires_grad_()
+    scale = torch.tensor(20.0, dtype=dtype, requires_grad=True)
+    value = loss_of(loss)(image, text, scale)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert (image.grad.dtype, text.grad.dtype, scale.grad.dtype) == (dtype, torch.float32, dtype)
+    assert scale.grad.shape == ()
+    exact = grads(loss_of(loss), image.double(), text.double())
+    close([value.detach(), text.grad], [exact[0], exact[2]], 1e-5)
+    close([image.grad, scale.grad], [exact[1], exact[3].squeeze()], 4e-3)
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_agrees_with_open_clip(loss: str) -> None:
+    from open_clip.loss import ClipLoss, SigLipLoss
+
+    def theirs(image: Any, text: Any, scale: Any, bias: Any) -> torch.Tensor:
+        scale, bias = scale.squeeze(), bias.squeeze()
+        return ClipLoss()(image, text, scale) if loss == "clip" else SigLipLoss()(image, text, scale, bias)
+
+    close(grads(loss_of(loss), *features()), grads(theirs, *features()), 1e-10)
