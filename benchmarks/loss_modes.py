@@ -60,7 +60,10 @@ class Towers(nn.Module):
 
     def forward(self, images: torch.Tensor, texts: torch.Tensor) -> Features:
         image, text = F.normalize(images @ self.image, dim=-1), F.normalize(texts @ self.text, dim=-1)
-        return Features(image, text, self.logit_scale.exp(), None if self.logit_bias is None else self.logit_bias + 0)
+        bias = None if self.logit_bias is None else self.logit_bias + 0
+        return Features(
+            image=image, text=text, extra_text=text[:0], logit_scale=self.logit_scale.exp(), logit_bias=bias
+        )
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def accumulated(model: DistributedDataParallel, loss: Loss, parts: Parts) -> Non
         mine = model(*part)
         among = [*seen[:j], mine, *seen[j + 1 :]]
         image, text = torch.cat([one.image for one in among]), torch.cat([one.text for one in among])
-        loss(Features(image, text, mine.logit_scale, mine.logit_bias)).backward()
+        loss(mine._replace(image=image, text=text)).backward()
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,8 +27,8 @@ WORLD = 2
 @dataclass(frozen=True)
 class Case:
     """A batch of n pairs a rank. ``geometry``: of no likeness, "trained" (a text lies by its image), "opposed" (all
-    texts lie opposite to all images) or "long" (no unit vectors). ``ids``: lists of pair ids. ``bound``: on how far
-    kernels and tiles may be from each other, relatively, in fp32.
+    texts lie opposite to all images), "lonely" (one text does) or "long" (no unit vectors). ``ids``: lists of pair ids.
+    ``bound``: on how far kernels and tiles may be from each other, relatively, in fp32.
     """
 
     n: int
@@ -61,6 +61,7 @@ CASES = {
     "opposed": Case(150, 17, scale=100, geometry="opposed", tile=(64, 96), bound=CANCELS),
     "opposed, hidden": Case(90, 16, scale=100, geometry="opposed", ids=2, extra=5, bound=CANCELS),
     "opposed bf16": Case(66, 32, scale=100, geometry="opposed", dtype=torch.bfloat16, bound=CANCELS),
+    "lonely": Case(70, 32, scale=100, geometry="lonely", tile=(64, 48)),
     "long": Case(70, 20, scale=100, geometry="long", tile=(64, 48)),
     "ids of images": Case(75, 32, ids=1, tile=(40, 40)),
     "ids of both": Case(75, 32, ids=2, scale=40),
@@ -104,6 +105,10 @@ def inputs(case: Case, rank: int = 0) -> dict[str, torch.Tensor]:
         )
     if case.geometry == "long":
         image, text = 3 * image, 2 * text
+    if case.geometry == "lonely":
+        axis = F.one_hot(torch.tensor(0), case.dimensions)
+        image, text = F.normalize(0.3 * image + axis, dim=-1), F.normalize(0.3 * text + axis, dim=-1)
+        text[case.n // 2] *= -1
     extra[::3] = 0
     ids = torch.randint(0, case.n, (case.n, 2), generator=generator).T  # not one after the other in memory
     return {"image": image, "text": text, "extra": extra, "ids": ids}

@@ -36,7 +36,8 @@ def clip_loss(
     autocast; of half-precision features, products are exact and their sums fp32.
 
     Args:
-        image, text: Float[n, D], this rank's n pairs, L2-normalised. Every rank brings the same n.
+        image, text: Float[n, D], this rank's n pairs, L2-normalised. Every rank brings the same n. Other norms are
+            exact as well while logits stay within ±670; where float64's range does not do, the loss is NaN.
         logit_scale: the multiplier on cosine similarities, already exponentiated; a number or a tensor of one.
         group: process group of the global batch; None is the default group, or this process alone.
         pair_ids: ``(image_ids, text_ids)``, Int64[n] or None: a text beside the diagonal whose image or caption has the
@@ -56,10 +57,12 @@ def clip_loss(
 
     Returns:
         Float[], the loss of the whole batch, the same on every rank. Its gradients are such that their mean over
-        ranks, which is what DDP and FSDP2 form, is the gradient of that loss, for the features as for the scale.
+        ranks, which is what DDP and FSDP2 form, is the gradient of that loss, for the features as for the scale. There
+        is no second derivative: a backward pass with ``create_graph=True`` raises RuntimeError.
 
     Raises:
-        ValueError: shapes that do not fit each other, or differ between ranks; kernels where none can run.
+        ValueError: shapes that do not fit each other, or differ between ranks; an option out of its range; kernels
+            where none can run.
     """
     with torch.autocast(image.device.type, enabled=False):
         given = prepare(

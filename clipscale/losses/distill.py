@@ -53,7 +53,8 @@ def distill_loss(
         weight: between 0 and 1.
 
     Raises:
-        ValueError: shapes that do not fit each other, or differ between ranks; no teacher; kernels where none can run.
+        ValueError: shapes that do not fit each other, or differ between ranks; an option out of its range; no teacher;
+            kernels where none can run.
     """
     if not teachers:
         raise ValueError("distill_loss needs a teacher; without one it is clip_loss")

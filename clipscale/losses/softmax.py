@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -361,12 +362,12 @@ def _weights(
     exponentials = exponentials or [
         softmax.exponentials(i, grid, tile, mask, grid.room(tile, i)) for i in range(len(softmax))
     ]
-    out, other = (grid.room(tile, len(exponentials) + i) for i in range(2))
+    out, other = grid.room(tile, len(exponentials)), partial(grid.room, tile, len(exponentials) + 1)
     torch.add(factors.rows[0, rows, None], factors.columns[0, columns], out=out).mul_(exponentials[0])
     for i, taught in enumerate(exponentials[1:], 1):
-        out += torch.add(factors.rows[i, rows, None], factors.columns[i, columns], out=other).mul_(taught)
+        out += torch.add(factors.rows[i, rows, None], factors.columns[i, columns], out=other()).mul_(taught)
     if task.smoothing:
-        out -= torch.add(factors.even_rows[rows, None], factors.even_columns[columns], out=other)
+        out -= torch.add(factors.even_rows[rows, None], factors.even_columns[columns], out=other())
         grid.hide(out, tile, mask)
     return out
 

@@ -87,7 +87,7 @@ class Similarity:
         features, gradient = (self.x, dx) if dx is not None else (self.y, dy)
         assert gradient is not None
         parts = [
-            (features[rows].to(self.dtype) * gradient[rows]).sum(dtype=torch.float64)
+            (features[rows].to(self.dtype) * gradient[rows]).sum(1).double().sum()
             for rows in blocks(len(features), CPU_TILE[0])
         ]
         return torch.stack(parts).sum()

@@ -11,7 +11,7 @@ import torch
 from tests.dense import Case, hidden, leaves, make
 from tests.distributed.test_losses import ours, place, run
 
-NAMES = ["image_top1", "text_top1", "positive_logit", "negative_logit", "duplicate_fraction"]
+NAMES = ["i2t_top1", "t2i_top1", "positive_logit", "negative_logit", "duplicate_fraction"]
 
 
 def by_hand(case: Case) -> list[float]:

@@ -269,7 +269,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/quickstart.md", "docs/data.md", "docs/packing.md", "docs/curating.md", "docs/inspecting.md"],
+    [
+        "README.md",
+        "docs/quickstart.md",
+        "docs/data.md",
+        "docs/packing.md",
+        "docs/curating.md",
+        "docs/inspecting.md",
+        "docs/loss.md",
+    ],
 )
 def test_the_examples_run(demo: Path, page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

@@ -44,7 +44,7 @@ def test_equal_the_tiles(name: str, dtype: torch.dtype) -> None:
     case = replace(ALONE[name], dtype=dtype)
     if dtype is torch.float32:
         case = replace(case, bound=max(case.bound, FAST))
-    elif case.geometry in ("opposed", "long"):
+    elif case.geometry in ("opposed", "lonely", "long"):
         case = replace(case, bound=CANCELS)
     errors = measure(case, "cuda")
     assert errors and not too_far(case, errors)

@@ -91,7 +91,7 @@ def _step_on_a_fake_gpu(loss: Callable[..., Any], backend: str, hidden: bool) ->
     more = {"pair_ids": (ids, ids), "extra_text": extra} if hidden else {}
     given = image.requires_grad_(), text.requires_grad_(), scale, *([bias] if loss is siglip_loss else [])
     value = loss(*given, backend=backend, **more)
-    with torch.no_grad():  # autograd's engine itself wants a real device
+    with torch.no_grad():  # as the engine does, which itself wants a real device
         image_gradient, *_ = value.grad_fn.apply(torch.empty_like(value), None)
     assert image_gradient.shape == image.shape
 

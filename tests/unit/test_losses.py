@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from clipscale.losses import Teacher, clip_loss, distill_loss, siglip_loss
-from tests.dense import Case, Data, dense, error, leaves, make, truth, unit
+from tests.dense import Case, Data, dense, error, gradients, leaves, make, truth, unit
 from tests.distributed.test_losses import errors, on_rank, ours
 
 KINDS = ["clip", "siglip", "distill"]
@@ -337,3 +337,43 @@ def test_agrees_with_open_clip(loss: str) -> None:
         return ClipLoss()(image, text, scale) if loss == "clip" else SigLipLoss()(image, text, scale, bias)
 
     close(grads(loss_of(loss), *features()), grads(theirs, *features()), 1e-10)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(("sign", "scale"), [(-1, 100.0), (-1, 1000.0), (1, 1000.0), (1, 0.0), (1, -40.0)])
+def test_teachers_of_any_range(sign: int, scale: float, dtype: str) -> None:
+    """Theirs is another than the student's; and no gradient goes to them."""
+    case = Case("distill", dtype, ids="text", extra=6, tile=(5, 7))
+    data = make(case)
+    far = make(replace(case, geometry="opposed"))
+    data.teachers = [(far.image, -sign * far.text, scale), data.teachers[0]]
+    given, mine = leaves(case, data, torch.float64), leaves(case, data, case.torch_dtype)
+    for image, text, _ in data.teachers:
+        image.requires_grad_()
+        text.requires_grad_()
+    exact, found = (gradients(case, f(case, data, x), x) for f, x in ((detached, given), (ours, mine)))
+    for name, value in errors(case, exact, [found]).items():
+        assert value <= (1e-10 if dtype == "float64" else 1e-5), name
+    assert all(x.grad is None for image, text, _ in data.teachers for x in (image, text))
+
+
+def detached(case: Case, data: Data, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    teachers = [(image.detach(), text.detach(), scale) for image, text, scale in data.teachers]
+    return dense(case, replace(data, teachers=teachers), given)
+
+
+@pytest.mark.parametrize("loss", KINDS)
+def test_settings_of_torch_change_nothing(loss: str) -> None:
+    image, text = features(dtype=torch.float32)
+    expected = grads(loss_of(loss), image, text)
+    torch.set_default_dtype(torch.float64)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            found = grads(loss_of(loss), image, text)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+    assert all(mine is theirs or torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    with torch.inference_mode():
+        assert torch.equal(loss_of(loss)(image.detach().clone(), text.detach().clone()), expected[0])
