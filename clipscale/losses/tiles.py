@@ -54,6 +54,11 @@ class Similarity:
         halves = self.x.dtype in (torch.float16, torch.bfloat16)
         return self.x.dtype if halves and self.x.is_cuda and self.dtype is torch.float32 else self.dtype
 
+    @property
+    def _rows(self) -> int:
+        """Rows of features that are worked on in float64, or twice, at a time."""
+        return 8 * CPU_TILE[0] if self.x.is_cuda else CPU_TILE[0]
+
     def _add_product(self, into: torch.Tensor, weights: torch.Tensor, features: torch.Tensor) -> None:
         if (half := self.products) is not self.dtype:
             into += torch.mm(weights.to(half), features.to(half), out_dtype=torch.float32)
@@ -65,7 +70,7 @@ class Similarity:
         y = self.y[own]
         dots = [
             (self.x[rows].double() * y[rows].double()).sum(1)
-            for rows in blocks(len(self.x), CPU_TILE[0])  # no double copy of all features
+            for rows in blocks(len(self.x), self._rows)  # no double copy of all features
         ]
         logits = torch.cat(dots) * self.scale.double()
         return logits if self.bias is None else logits + self.bias.double()
@@ -74,7 +79,7 @@ class Similarity:
         self, weights: torch.Tensor, own: slice, dx: torch.Tensor | None, dy: torch.Tensor | None
     ) -> None:
         """As :meth:`pull`, for weights Float[n] on the products of the pairs."""
-        for rows in blocks(len(self.x), CPU_TILE[0]):
+        for rows in blocks(len(self.x), self._rows):
             columns = slice(own.start + rows.start, own.start + rows.stop)
             weight = weights[rows, None].to(self.dtype)
             if dx is not None:
@@ -88,7 +93,7 @@ class Similarity:
         assert gradient is not None
         parts = [
             (features[rows].to(self.dtype) * gradient[rows]).sum(1).double().sum()
-            for rows in blocks(len(features), CPU_TILE[0])
+            for rows in blocks(len(features), self._rows)
         ]
         return torch.stack(parts).sum()
 
