@@ -73,8 +73,8 @@ class CLIP(nn.Module):
 
         Captions beyond the first B belong to no image.
         """
-        image = _normalize(self.visual(images))
         text, extra_text = _normalize(self.text(text_ids, text_lengths, longest)).tensor_split([len(images)])
+        image = _normalize(self.visual(images))
         return Features(image, text, extra_text, *self.temperature())
 
     def encode_image(self, images: torch.Tensor, normalize: bool = False) -> torch.Tensor:
