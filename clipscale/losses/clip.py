@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from clipscale.distributed.collectives import Group
+from clipscale.distributed.collectives import Gathering, Group
 from clipscale.losses.globalbatch import PairIds
 from clipscale.losses.inputs import Backend, Scalar, prepare
 from clipscale.losses.softmax import SoftmaxLoss
@@ -27,6 +27,7 @@ def clip_loss(
     tile: TileShape = "auto",
     cache_mb: float = 0,
     comm_dtype: torch.dtype | None = None,
+    gathering: Gathering | None = None,
     backend: Backend = "auto",
     stats: bool = False,
 ) -> Any:
@@ -48,6 +49,7 @@ def clip_loss(
         cache_mb: megabytes of exponentials that may be kept for the backward pass, which then forms them no more.
         comm_dtype: in which texts are sent to the other ranks, and the gradients back; None sends texts as they are and
             gradients in fp32.
+        gathering: of this rank's texts and, behind them, extra texts, as they are to be sent; None begins it here.
         backend: "triton" (CUDA), "torch", or the faster one that there is.
         stats: return ``(loss, LossStats)``.
 
@@ -56,7 +58,7 @@ def clip_loss(
         ranks, which is what DDP and FSDP2 form, is the gradient of that loss, for the features as for the scale.
 
     Raises:
-        ValueError: shapes that do not fit each other, or differ between ranks.
+        ValueError: shapes that do not fit each other or ``gathering``, or differ between ranks.
     """
     with torch.autocast(image.device.type, enabled=False):
         given = prepare(
@@ -68,6 +70,7 @@ def clip_loss(
             extra_text=extra_text,
             tile=tile,
             comm_dtype=comm_dtype,
+            gathering=gathering,
             backend=backend,
             stats=stats,
         )

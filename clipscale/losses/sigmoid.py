@@ -34,7 +34,7 @@ class SigmoidLoss(torch.autograd.Function):
         batch = task.batch
         needs_x, needs_y, needs_scale, *_ = ctx.needs_input_grad
         dtype = torch.promote_types(image.dtype, torch.float32)
-        y = batch.gather(columns.to(task.comm_dtype or columns.dtype))
+        y = task.gather(columns)
         student = Similarity(image, y, scale, dtype, bias)
         own = student.positives(batch.own)
         loss = torch.logaddexp(-own, torch.zeros_like(own)).sum()

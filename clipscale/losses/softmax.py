@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from clipscale.distributed.collectives import Gathering
 from clipscale.losses.globalbatch import GlobalBatch, Hidden
 from clipscale.losses.tiles import Grid, Maxima, Similarity, Tile, TileShape
 
@@ -39,7 +40,8 @@ class Task:
     """What is to be computed: everything but the tensors that have gradients.
 
     ``teachers`` are similarities whose softmax is the target, to the part ``weight``, and ``untaught`` Bool[M] the
-    columns of which they know nothing; ``smoothing`` spreads so much of the target evenly.
+    columns of which they know nothing; ``smoothing`` spreads so much of the target evenly. ``gathering`` is that of the
+    columns, if it has begun.
     """
 
     batch: GlobalBatch
@@ -53,11 +55,25 @@ class Task:
     comm_dtype: torch.dtype | None = None
     maxima: bool = False
     kernels: ModuleType | None = None
+    gathering: Gathering | None = None
 
     @property
     def fused(self) -> ModuleType | None:
         """The kernels, where they suffice: they know the student's similarities only, and keep no exponentials."""
         return None if self.teachers or self.smoothing or self.maxima else self.kernels
+
+    def gather(self, columns: torch.Tensor) -> torch.Tensor:
+        """Columns of all ranks, [M, D], from those of this one; not differentiable."""
+        sent = columns.to(self.comm_dtype or columns.dtype)
+        if self.gathering is None:
+            return self.batch.gather(sent)
+        everyone = self.gathering.wait()
+        if (everyone.shape, everyone.dtype) != ((self.batch.columns, sent.shape[1]), sent.dtype):
+            raise ValueError(
+                f"gathering brings {everyone.dtype} {tuple(everyone.shape)}, the texts of all ranks are {sent.dtype} "
+                f"{(self.batch.columns, sent.shape[1])}"
+            )
+        return everyone
 
 
 @dataclass(frozen=True)
@@ -234,7 +250,7 @@ class SoftmaxLoss(torch.autograd.Function):
         batch, keep = task.batch, any(ctx.needs_input_grad)
         ctx.columns_dtype = columns.dtype
         dtype = torch.promote_types(image.dtype, torch.float32)
-        student = Similarity(image, batch.gather(columns.to(task.comm_dtype or columns.dtype)), scale, dtype)
+        student = Similarity(image, task.gather(columns), scale, dtype)
         own = torch.stack([one.positives(batch.own) for one in (student, *task.teachers)])
         done = _Sums(_Softmax.of(task, student, dtype), keep)
         if dtype is not torch.float64:
