@@ -76,6 +76,9 @@ class Loss:
     cores; its sums are fp32 all the same."""
     cache_mb: float = free(64.0)
     """Megabytes of the softmax loss's exponentials that are kept for the backward pass, to make it faster."""
+    overlap_gather: bool = free(False)
+    """Send the texts' features to all ranks while the images are still in their tower, with the same values and
+    gradients; of no effect with more than one microbatch. What it saves on several GPUs has not been measured."""
 
     @property
     def first_bias(self) -> float | None:

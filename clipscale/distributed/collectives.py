@@ -54,6 +54,27 @@ def gather(local: torch.Tensor, group: Group = None) -> torch.Tensor:
     return local if world_size(group) == 1 else _Gather.apply(local, group)
 
 
+class Gathering:
+    """:func:`gather` under way: begun here, ended by :meth:`wait`; not differentiable.
+
+    In a group of its own it waits for no other collective and holds none up, as one in a shared group would. All ranks
+    must begin it at the same place among their collectives.
+    """
+
+    def __init__(self, local: torch.Tensor, group: Group = None) -> None:
+        sent = local.detach().contiguous()
+        everyone = sent.new_empty(world_size(group) * local.shape[0], *local.shape[1:])
+        self._work = dist.all_gather_into_tensor(everyone, sent, group=group, async_op=True)
+        self._held: tuple[torch.Tensor, torch.Tensor] | None = (sent, everyone)  # they must live until it has ended
+
+    def wait(self) -> torch.Tensor:
+        """Float[W·n, ...], handed over once. On a GPU the current stream waits, not this thread."""
+        assert self._work is not None and self._held is not None
+        self._work.wait()
+        (_, everyone), self._held = self._held, None
+        return everyone
+
+
 def average(value: torch.Tensor, group: Group = None) -> torch.Tensor:
     """The mean over ranks of a detached tensor; not differentiable."""
     value = value.detach().clone()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from clipscale.distributed.collectives import Group
+from clipscale.distributed.collectives import Gathering, Group
 from clipscale.losses.globalbatch import PairIds
 from clipscale.losses.inputs import Backend, Scalar, prepare
 from clipscale.losses.softmax import SoftmaxLoss
@@ -27,6 +27,7 @@ def clip_loss(
     tile: TileShape = "auto",
     cache_mb: float = 0,
     comm_dtype: torch.dtype | None = None,
+    gathering: Gathering | None = None,
     backend: Backend = "auto",
     stats: bool = False,
 ) -> Any:
@@ -50,6 +51,7 @@ def clip_loss(
             more; kernels keep none.
         comm_dtype: in which texts are sent to the other ranks, and the gradients back; None sends texts as they are and
             gradients in fp32.
+        gathering: of this rank's texts and, behind them, extra texts, as they are to be sent; None begins it here.
         backend: "triton" forms tiles by kernels that make no host wait for its device; "torch" by torch's operations,
             anywhere; "auto" takes kernels on CUDA where triton is installed. What kernels have not (float64 features,
             smoothing, teachers, statistics) is done by torch with any of them.
@@ -61,8 +63,8 @@ def clip_loss(
         is no second derivative: a backward pass with ``create_graph=True`` raises RuntimeError.
 
     Raises:
-        ValueError: shapes that do not fit each other, or differ between ranks; an option out of its range; kernels
-            where none can run.
+        ValueError: shapes that do not fit each other or ``gathering``, or differ between ranks; an option out of its
+            range; kernels where none can run.
     """
     with torch.autocast(image.device.type, enabled=False):
         given = prepare(
@@ -74,6 +76,7 @@ def clip_loss(
             extra_text=extra_text,
             tile=tile,
             comm_dtype=comm_dtype,
+            gathering=gathering,
             backend=backend,
             stats=stats,
         )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clipscale.distributed.collectives import Group
+from clipscale.distributed.collectives import Gathering, Group
 from clipscale.losses.globalbatch import GlobalBatch, PairIds
 from clipscale.losses.inputs import Backend, Scalar, as_vector, prepare
 from clipscale.losses.softmax import SoftmaxLoss
@@ -39,6 +39,7 @@ def distill_loss(
     tile: TileShape = "auto",
     cache_mb: float = 0,
     comm_dtype: torch.dtype | None = None,
+    gathering: Gathering | None = None,
     backend: Backend = "auto",
     stats: bool = False,
 ) -> Any:
@@ -68,6 +69,7 @@ def distill_loss(
             extra_text=extra_text,
             tile=tile,
             comm_dtype=comm_dtype,
+            gathering=gathering,
             backend=backend,
             stats=stats,
         )

@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from clipscale.distributed.collectives import Group
+from clipscale.distributed.collectives import Gathering, Group
 from clipscale.losses.globalbatch import PairIds, global_batch, hidden_pairs
-from clipscale.losses.softmax import Task
 from clipscale.losses.stats import loss_stats
+from clipscale.losses.task import Task
 from clipscale.losses.tiles import TileShape
 
 Scalar = torch.Tensor | float
@@ -48,6 +48,7 @@ def prepare(
     extra_text: torch.Tensor | None,
     tile: TileShape,
     comm_dtype: torch.dtype | None,
+    gathering: Gathering | None,
     backend: Backend,
     stats: bool,
 ) -> Inputs:
@@ -62,7 +63,7 @@ def prepare(
     dtype = torch.promote_types(image.dtype, text.dtype)
     hidden = hidden_pairs(batch, pair_ids, None if extra_text is None else extra_text.detach())
     kernels = _kernels(backend, image.device, dtype)
-    task = Task(batch, hidden, tile=tile, comm_dtype=comm_dtype, maxima=stats, kernels=kernels)
+    task = Task(batch, hidden, tile=tile, comm_dtype=comm_dtype, maxima=stats, kernels=kernels, gathering=gathering)
     return Inputs(
         image.to(dtype).contiguous(), columns.to(dtype).contiguous(), as_vector(logit_scale, image), task, pair_ids
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from clipscale.distributed.collectives import Group
+from clipscale.distributed.collectives import Gathering, Group
 from clipscale.losses.globalbatch import PairIds
 from clipscale.losses.inputs import Backend, Scalar, as_vector, prepare
 from clipscale.losses.sigmoid import SigmoidLoss
@@ -25,6 +25,7 @@ def siglip_loss(
     extra_text: torch.Tensor | None = None,
     tile: TileShape = "auto",
     comm_dtype: torch.dtype | None = None,
+    gathering: Gathering | None = None,
     backend: Backend = "auto",
     stats: bool = False,
 ) -> Any:
@@ -46,6 +47,7 @@ def siglip_loss(
             extra_text=extra_text,
             tile=tile,
             comm_dtype=comm_dtype,
+            gathering=gathering,
             backend=backend,
             stats=stats,
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from clipscale.losses.softmax import Task, refuse_second_order
+from clipscale.losses.task import Task, refuse_second_order
 from clipscale.losses.tiles import Grid, Maxima, Similarity, Tile
 
 # Up to here 1 - sigmoid has all its digits, and minus its logarithm, at half the price of a softplus, is exact.
@@ -33,7 +33,7 @@ class SigmoidLoss(torch.autograd.Function):
         batch = task.batch
         needs_x, needs_y, needs_scale, *_ = ctx.needs_input_grad
         dtype = torch.promote_types(image.dtype, torch.float32)
-        y = batch.gather(columns.to(task.comm_dtype or columns.dtype))
+        y = task.gather(columns)
         student = Similarity(image, y, scale, dtype, bias)
         own = student.positives(batch.own)
         loss = torch.logaddexp(-own, torch.zeros_like(own)).sum()

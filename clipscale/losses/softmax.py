@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 import torch
 
 from clipscale.distributed.collectives import largest
-from clipscale.losses.globalbatch import GlobalBatch, Hidden
-from clipscale.losses.tiles import Grid, Maxima, Similarity, Tile, TileShape
+from clipscale.losses.task import Task, refuse_second_order
+from clipscale.losses.tiles import Grid, Maxima, Similarity, Tile
 
 
 class _Range(NamedTuple):
@@ -48,40 +48,6 @@ class _Range(NamedTuple):
 
 RANGES = {torch.float32: _Range(86.7, -61.0, 87.2), torch.float64: _Range(690.0, -650.0, 707.0)}
 SLACK = 1.02  # on the norms of rounded unit vectors
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is to be computed: everything but the tensors that have gradients.
-
-    ``teachers`` are similarities whose softmax is the target, to the part ``weight``, and ``untaught`` Bool[M] the
-    columns of which they know nothing; ``smoothing`` spreads so much of the rest evenly.
-    """
-
-    batch: GlobalBatch
-    hidden: Hidden | None
-    untaught: torch.Tensor | None = None
-    teachers: tuple[Similarity, ...] = ()
-    weight: float = 0.0
-    smoothing: float = 0.0
-    tile: TileShape = "auto"
-    cache_bytes: float = 0
-    comm_dtype: torch.dtype | None = None
-    maxima: bool = False
-    kernels: ModuleType | None = None
-
-    @property
-    def fused(self) -> ModuleType | None:
-        """The kernels, where they suffice: they know the student's similarities only, and keep no exponentials."""
-        return None if self.teachers or self.smoothing or self.maxima else self.kernels
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for what has no meaning."""
-        for name, share in (("weight", self.weight), ("label_smoothing", self.smoothing)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name}={share} must lie between 0 and 1")
-        if not self.cache_bytes >= 0:
-            raise ValueError(f"cache_mb={self.cache_bytes / 2**20:g} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -266,7 +232,7 @@ class SoftmaxLoss(torch.autograd.Function):
         batch, keep = task.batch, any(ctx.needs_input_grad)
         ctx.columns_dtype = columns.dtype
         dtype = torch.promote_types(image.dtype, torch.float32)
-        student = Similarity(image, batch.gather(columns.to(task.comm_dtype or columns.dtype)), scale, dtype)
+        student = Similarity(image, task.gather(columns), scale, dtype)
         own = torch.stack([one.positives(batch.own) for one in (student, *task.teachers)])
         softmax = _Softmax.of(task, student, dtype)
         done, sides, loss, failed = _solve(softmax, own, keep)
@@ -388,12 +354,6 @@ def _recall(ctx: Any) -> tuple[_Softmax, _Factors, dict[tuple[int, int], list[to
     similarities = [Similarity(next(saved), next(saved), next(saved), ctx.dtype) for _ in range(count)]
     kept = {_corner(tile): list(islice(saved, count)) for tile in ctx.tiles}
     return _Softmax(ctx.task, similarities, ctx.shifts, ctx.exact), factors, kept
-
-
-def refuse_second_order() -> None:
-    """Raise RuntimeError where autograd would derive what a backward pass computes, and find it constant."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("the losses have no second derivative: leave out create_graph=True")
 
 
 def _corner(tile: Tile) -> tuple[int, int]:

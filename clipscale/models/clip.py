@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -67,14 +68,22 @@ class CLIP(nn.Module):
         return self.temperature.logit_scale
 
     def forward(
-        self, images: torch.Tensor, text_ids: torch.Tensor, text_lengths: torch.Tensor, longest: int | None = None
+        self,
+        images: torch.Tensor,
+        text_ids: torch.Tensor,
+        text_lengths: torch.Tensor,
+        longest: int | None = None,
+        after_text: Callable[[torch.Tensor, torch.Tensor], object] | None = None,
     ) -> Features:
         """Features of a batch of B pairs: ``images`` as VisionTower takes them, captions packed as TextTower does.
 
-        Captions beyond the first B belong to no image.
+        Captions beyond the first B belong to no image. ``after_text`` is called with ``text`` and ``extra_text`` before
+        the image tower begins.
         """
-        image = _normalize(self.visual(images))
         text, extra_text = _normalize(self.text(text_ids, text_lengths, longest)).tensor_split([len(images)])
+        if after_text is not None:
+            after_text(text, extra_text)
+        image = _normalize(self.visual(images))
         return Features(image, text, extra_text, *self.temperature())
 
     def encode_image(self, images: torch.Tensor, normalize: bool = False) -> torch.Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from clipscale.checkpoint import load
@@ -14,6 +16,7 @@ from clipscale.config import Config
 from clipscale.config.optim import LossName, MaskDuplicates
 from clipscale.data.loader import Batch
 from clipscale.data.tokenizer import Tokenizer
+from clipscale.distributed.collectives import Gathering, Group, world_size
 from clipscale.errors import ConfigError
 from clipscale.losses import LOSSES, LossStats, PairIds, Teacher, distill_loss, duplicate_fraction
 from clipscale.models import CLIP, Features
@@ -28,21 +31,34 @@ class Objective:
     """The loss that a configuration asks for.
 
     ``models`` are the teachers that are asked for every batch; others have left their embeddings with the samples.
+    ``ahead`` is the group in which texts are sent ahead; None, if they are not.
     """
 
     config: Config
     models: tuple[CLIP, ...] = ()
+    ahead: Group = None
+
+    def send_ahead(self, batch: Batch) -> SendAhead | None:
+        """What sends the texts of a batch, this rank's share, as soon as the model has them."""
+        return None if self.ahead is None else SendAhead(self.ahead, DTYPES[self.config.loss.dtype.value], batch)
 
     def __call__(
-        self, features: Features, batch: Batch, parts: Sequence[Batch], stats: bool
+        self,
+        features: Features,
+        batch: Batch,
+        parts: Sequence[Batch],
+        stats: bool,
+        gathering: Gathering | None = None,
     ) -> tuple[torch.Tensor, LossStats | None]:
         """The loss of the global batch, Float[], and its statistics if they are wanted.
 
-        ``features`` are those of ``batch``, this rank's share of it, and ``parts`` its microbatches.
+        ``features`` are those of ``batch``, this rank's share of it, ``parts`` its microbatches, and ``gathering`` that
+        of its texts, if they were sent ahead.
         """
         config, dtype = self.config.loss, DTYPES[self.config.loss.dtype.value]
         image, text, extra = (x.to(dtype or x.dtype) for x in (features.image, features.text, features.extra_text))
         options: dict[str, Any] = {"stats": stats, "pair_ids": self._pair_ids(batch, image.device)}
+        options["gathering"] = gathering
         options["extra_text"] = extra if len(extra) else None
         if config.name is LossName.clip:
             options |= {"label_smoothing": config.label_smoothing, "cache_mb": config.cache_mb}
@@ -80,6 +96,33 @@ class Objective:
         return found
 
 
+@dataclass
+class SendAhead:
+    """Gathers the columns of the loss while the images are still in their tower: :meth:`begin` is a model's
+    ``after_text``, and ``gathering`` what it has begun."""
+
+    group: Group
+    dtype: torch.dtype | None
+    batch: Batch
+    gathering: Gathering | None = None
+
+    @torch.no_grad()
+    def begin(self, text: torch.Tensor, extra_text: torch.Tensor) -> None:
+        """Send Float[B, D], and Float[P, D] of the hard negatives that there are."""
+        columns = torch.cat([text, extra_rows(extra_text, self.batch)])
+        self.gathering = Gathering(columns.to(self.dtype or columns.dtype), self.group)
+
+
+def extra_rows(extra_text: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Features of the hard negatives that there are, Float[P, D], in a row for each that a sample may have, as the loss
+    takes them: those that it lacks are rows of zeros."""
+    if batch.negative_lengths is None:
+        return extra_text
+    places = batch.negative_lengths.nonzero()[:, 0].to(extra_text.device, non_blocking=True)
+    room = extra_text.new_zeros(len(batch.negative_lengths), extra_text.shape[1])
+    return room.index_copy(0, places, extra_text)
+
+
 def _ask(model: CLIP, parts: Sequence[Batch], device: torch.device, config: Config) -> Teacher:
     side = model.config.vision.image_size
     images, texts = [], []
@@ -95,11 +138,20 @@ def _ask(model: CLIP, parts: Sequence[Batch], device: torch.device, config: Conf
 
 
 def build_objective(config: Config, tokenizer: Tokenizer, device: torch.device) -> Objective:
-    """Load the teachers that are runs or checkpoints.
+    """Load the teachers that are runs or checkpoints. A collective.
 
     Raises ConfigError for one that reads other tokens than the student, or fewer; ClipscaleError where there is none.
     """
-    return Objective(config, tuple(_load_teachers(config, tokenizer, device)))
+    return Objective(config, tuple(_load_teachers(config, tokenizer, device)), _group_ahead(config))
+
+
+def _group_ahead(config: Config) -> Group:
+    """The group in which texts are sent ahead; None where they are not. A collective."""
+    if not config.loss.overlap_gather or world_size() == 1:
+        return None
+    # Not torch's own time-out: a rank that never sends must be told from a slow one as in every other collective.
+    group: Any = dist.new_group(timeout=timedelta(seconds=config.distributed.timeout_s))
+    return group
 
 
 def _load_teachers(config: Config, tokenizer: Tokenizer, device: torch.device) -> Iterator[CLIP]:

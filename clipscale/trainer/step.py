@@ -11,7 +11,7 @@ from torch import nn
 
 from clipscale.config import Config
 from clipscale.data.loader import Batch, step_seed
-from clipscale.distributed.collectives import whole
+from clipscale.distributed.collectives import Gathering, whole
 from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError
 from clipscale.losses import LossStats
@@ -19,7 +19,7 @@ from clipscale.models import CLIP, Features
 from clipscale.optim import Ema
 from clipscale.parallel import Parallelized, has_batchnorm, towers_autocast
 from clipscale.trainer.cached import backward_through_parts
-from clipscale.trainer.objective import Objective
+from clipscale.trainer.objective import Objective, SendAhead, extra_rows
 
 
 @dataclass
@@ -75,22 +75,23 @@ class TrainStep:
         """Give the parameters their gradients, scaled as the scaler likes. Returns the loss, detached."""
         parts = batch.cut(self.microbatches)
 
-        def forward(i: int) -> Features:
+        def forward(i: int, ahead: SendAhead | None = None) -> Features:
             # Derived, never saved: a resumed run draws what an undisturbed one would have drawn, and a repeated forward
             # pass what the first one drew.
             torch.manual_seed(step_seed(self.config.seed, samples_seen, self.runtime.rank, i))
-            return self._features(parts[i])
+            return self._features(parts[i], ahead)
 
-        def backward(features: Features) -> torch.Tensor:
-            loss, self._stats = self.objective(features, batch, parts, stats)
+        def backward(features: Features, gathering: Gathering | None = None) -> torch.Tensor:
+            loss, self._stats = self.objective(features, batch, parts, stats, gathering)
             self.scaler.scale(loss).backward()
             return loss.detach()
 
         if len(parts) == 1:
-            return backward(forward(0))
+            ahead = self.objective.send_ahead(batch)
+            return backward(forward(0, ahead), ahead.gathering if ahead else None)
         return backward_through_parts(forward, len(parts), backward, self.laid_out.without_sync)
 
-    def _features(self, batch: Batch) -> Features:
+    def _features(self, batch: Batch, ahead: SendAhead | None) -> Features:
         device, ids, lengths = self.runtime.device, batch.text_ids, batch.text_lengths
         if batch.negative_ids is not None and batch.negative_lengths is not None:
             ids = torch.cat([ids, batch.negative_ids])
@@ -98,13 +99,9 @@ class TrainStep:
         inputs = [tensor.to(device, non_blocking=True) for tensor in (batch.images, ids, lengths)]
         # A context for each pass: the casts that autocast keeps from one without a graph have none.
         with towers_autocast(self.config.precision.name, device):
-            features = self.laid_out.module(*inputs, int(lengths.max()))
-        if batch.negative_lengths is None:
-            return features
-        # Those that a sample lacks are rows of zeros, as the loss takes them.
-        places = batch.negative_lengths.nonzero()[:, 0].to(device, non_blocking=True)
-        room = features.extra_text.new_zeros(len(batch.negative_lengths), features.extra_text.shape[1])
-        return features._replace(extra_text=room.index_copy(0, places, features.extra_text))
+            # A method: FSDP hands on copies of dataclasses where it casts inputs, and a copy's gathering would be lost.
+            features = self.laid_out.module(*inputs, int(lengths.max()), ahead.begin if ahead else None)
+        return features._replace(extra_text=extra_rows(features.extra_text, batch))
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all parameters of all ranks, before it was clipped."""

@@ -105,6 +105,8 @@ def test_negatives_and_duplicates_change_the_denominators(recipe: list[str]) -> 
     assert masked[BATCH] < alone[BATCH] and masked[BATCH] < opposed[BATCH]
     split = ["loss.mask_duplicates=text", *negatives, "optim.microbatches=2", "cluster=cpu2"]
     assert list(train(recipe, "split", *split).values()) == pytest.approx(list(opposed.values()), rel=1e-4)
+    ahead = ["loss.mask_duplicates=text", *negatives, "loss.overlap_gather=true", "cluster=cpu2", "parallel=fsdp"]
+    assert list(train(recipe, "ahead", *ahead).values()) == pytest.approx(list(opposed.values()), rel=1e-4)
 
 
 def test_statistics_are_logged(recipe: list[str]) -> None:
