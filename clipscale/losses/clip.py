@@ -79,6 +79,7 @@ def clip_loss(
             gathering=gathering,
             backend=backend,
             stats=stats,
+            options=f", smoothing {label_smoothing}",
         )
         task = replace(given.task, smoothing=label_smoothing, cache_bytes=cache_mb * 2**20)
         return given.outcome(SoftmaxLoss.apply(given.image, given.columns, given.scale, task))

@@ -72,6 +72,9 @@ def distill_loss(
             gathering=gathering,
             backend=backend,
             stats=stats,
+            options=f", smoothing {label_smoothing}, weight {weight}, teachers of "
+            + ", ".join(f"{teacher.text.shape[-1]} dimensions in {teacher.text.dtype}" for teacher in teachers),
+            problem=next(filter(None, (_problem(teacher, len(image)) for teacher in teachers)), None),
         )
         batch = given.task.batch
         task = replace(
@@ -85,14 +88,17 @@ def distill_loss(
         return given.outcome(SoftmaxLoss.apply(given.image, given.columns, given.scale, task))
 
 
+def _problem(teacher: Teacher, pairs: int) -> str | None:
+    image, text = teacher.image, teacher.text
+    if image.ndim != 2 or image.shape != text.shape or len(image) != pairs:
+        return f"a teacher's image and text must be Float[{pairs}, D_t], got {tuple(image.shape)}, {tuple(text.shape)}"
+    if not (image.is_floating_point() and text.is_floating_point()):
+        return f"a teacher's features must be floating-point numbers, got {image.dtype} and {text.dtype}"
+    return None
+
+
 def _gather(teacher: Teacher, batch: GlobalBatch) -> Similarity:
     image, text = teacher.image.detach(), teacher.text.detach()
-    if image.ndim != 2 or image.shape != text.shape or len(image) != batch.n:
-        raise ValueError(
-            f"a teacher's image and text must be Float[{batch.n}, D_t], got {tuple(image.shape)}, {tuple(text.shape)}"
-        )
-    if not (image.is_floating_point() and text.is_floating_point()):
-        raise ValueError(f"a teacher's features must be floating-point numbers, got {image.dtype} and {text.dtype}")
     columns = torch.cat([text, text.new_zeros(batch.extra, text.shape[1])])
     scale = as_vector(teacher.logit_scale, image).detach()
     return Similarity(image, batch.gather(columns), scale, image.dtype)

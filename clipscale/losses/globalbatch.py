@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -82,41 +83,35 @@ class GlobalBatch:
         return [part.view_as(vector) for part, vector in zip(parts, vectors, strict=True)]
 
 
-_agreed: set[tuple[int, ...]] = set()
+_agreed: set[tuple[str, str]] = set()
 
 
-def global_batch(
-    image: torch.Tensor, text: torch.Tensor, extra: torch.Tensor | None, pair_ids: PairIds | None, group: Group
-) -> GlobalBatch:
-    """Raise ValueError unless the shapes fit, here and over all ranks, and all bring the same kinds of ids.
+def agree(batch: GlobalBatch, brings: str, problem: str | None, device: torch.device) -> None:
+    """Raise ValueError, on all ranks, if one has a ``problem`` or ``brings`` another kind of batch. A collective.
 
-    On CUDA the ranks are compared once for every new shape, because reading the verdict waits for the device; a rank
-    that comes alone with a new shape then waits in vain until the process group's time-out.
+    On CUDA the ranks are compared once for every new kind, because reading the verdict waits for the device; a rank
+    that comes alone with a new one then waits in vain until the process group's time-out.
     """
-    if image.ndim != 2 or image.shape != text.shape or not image.shape[0]:
-        raise ValueError(f"image and text must both be Float[n, D], got {tuple(image.shape)} and {tuple(text.shape)}")
-    if extra is not None and (extra.ndim != 2 or extra.shape[1] != text.shape[1]):
-        raise ValueError(f"extra_text must be Float[k, {text.shape[1]}], got {tuple(extra.shape)}")
-    for name, features in (("image", image), ("text", text), ("extra_text", extra)):
-        if features is not None and not features.is_floating_point():
-            raise ValueError(f"{name} must hold floating-point numbers, got {features.dtype}")
-    if pair_ids is not None and len(pair_ids) != 2:
-        raise ValueError(f"pair_ids must be (image_ids, text_ids), got {len(pair_ids)} of them")
-    batch = GlobalBatch(len(image), 0 if extra is None else len(extra), group)
-    kinds = [ids is not None for ids in pair_ids or (None, None)]
-    mine = (batch.n, batch.extra, image.shape[1], *map(int, kinds))
-    key = (batch.world, id(group), *mine)
-    if batch.world > 1 and not (image.is_cuda and key in _agreed):
-        sizes = torch.tensor([*mine, *(-size for size in mine)], device=image.device)
-        dist.all_reduce(sizes, dist.ReduceOp.MAX, group=group)
-        largest, smallest = sizes[: len(mine)].tolist(), [-size for size in sizes[len(mine) :].tolist()]
-        if largest != smallest:
-            raise ValueError(
-                f"ranks bring batches of different sizes: between {smallest} and {largest} "
-                f"[pairs, extra texts, dimensions, image ids, text ids]; this one brings {list(mine)}"
-            )
-        _agreed.add(key)
-    return batch
+    if batch.world == 1:
+        if problem:
+            raise ValueError(problem)
+        return
+    key = (getattr(batch.group, "group_name", ""), brings)
+    if device.type == "cuda" and problem is None and key in _agreed:
+        return
+    code = zlib.crc32(brings.encode())
+    verdict = torch.tensor([problem is not None, code, -code], device=device)
+    dist.all_reduce(verdict, dist.ReduceOp.MAX, group=batch.group)
+    wrong, most, least = verdict.tolist()
+    if wrong or most != -least:
+        everyone = [(problem, brings)] * batch.world
+        dist.all_gather_object(everyone, (problem, brings), group=batch.group)
+        for number, (theirs, _) in enumerate(everyone):
+            if theirs:
+                raise ValueError(theirs if theirs == problem else f"rank {number}: {theirs}")
+        number = next(i for i, (_, theirs) in enumerate(everyone) if theirs != everyone[0][1])
+        raise ValueError(f"ranks bring different things: 0 {everyone[0][1]}, {number} {everyone[number][1]}")
+    _agreed.add(key)
 
 
 class Hidden(NamedTuple):
@@ -150,8 +145,6 @@ def hidden_pairs(batch: GlobalBatch, pair_ids: PairIds | None, extra: torch.Tens
     for ids in pair_ids or ():
         if ids is None:
             continue
-        if ids.shape != (batch.n,) or ids.dtype != torch.int64:
-            raise ValueError(f"pair_ids must be Int64[{batch.n}], got {ids.dtype} {tuple(ids.shape)}")
         everyone = batch.gather(torch.cat([ids, ids.new_zeros(batch.extra)]))
         # Looking for duplicates first costs N log N, comparing all pairs n x N; on a GPU, reading the answer waits.
         if ids.is_cuda or _has_duplicates(everyone.view(batch.world, -1)[:, : batch.n]):

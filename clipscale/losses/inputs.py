@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from clipscale.distributed.collectives import Gathering, Group
-from clipscale.losses.globalbatch import PairIds, global_batch, hidden_pairs
+from clipscale.losses.globalbatch import GlobalBatch, PairIds, agree, hidden_pairs
 from clipscale.losses.stats import loss_stats
 from clipscale.losses.task import Task
-from clipscale.losses.tiles import TileShape
+from clipscale.losses.tiles import Similarity, TileShape
 
 Scalar = torch.Tensor | float
 Backend = Literal["auto", "torch", "triton"]
@@ -27,15 +27,15 @@ class Inputs:
     scale: torch.Tensor
     task: Task
     pair_ids: PairIds | None
+    stats: bool
 
-    def outcome(self, outputs: tuple[torch.Tensor, ...], bias: torch.Tensor | None = None) -> Any:
+    def outcome(self, outputs: tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor | None = None) -> Any:
         """The loss, or with statistics ``(loss, LossStats)``, from what a loss function's ``apply`` returned."""
-        loss, positives, *beside = outputs
-        if not beside:
+        loss, everyone = outputs
+        if not self.stats:
             return loss
-        batch, text = self.task.batch, self.columns[: self.task.batch.n]
-        columns = beside[0], beside[1]
-        return loss, loss_stats(batch, self.image, text, self.scale, bias, positives, columns, self.pair_ids)
+        dtype = torch.promote_types(self.image.dtype, torch.float32)
+        return loss, loss_stats(self.task, Similarity(self.image, everyone, self.scale, dtype, bias), self.pair_ids)
 
 
 def prepare(
@@ -51,22 +51,64 @@ def prepare(
     gathering: Gathering | None,
     backend: Backend,
     stats: bool,
+    options: str = "",
+    problem: str | None = None,
 ) -> Inputs:
-    """Check the inputs of a loss, here and over all ranks. A collective.
+    """Check the inputs of a loss, here and over all ranks.
 
-    Raises ValueError for what does not fit, and for a backend that there is not.
+    ``options`` tells what else must be the same on all of them, and ``problem`` what else does not fit here.
+
+    A collective. Raises ValueError for what does not fit, and for a backend that there is not.
     """
     if extra_text is not None and not len(extra_text):
         extra_text = None
-    batch = global_batch(image, text, extra_text, pair_ids, group)
+    batch = GlobalBatch(len(image), 0 if extra_text is None else len(extra_text), group)
+    brings = _brings(image, text, extra_text, pair_ids) + f", sent as {comm_dtype or text.dtype}{options}"
+    agree(batch, brings, _problem(image, text, extra_text, pair_ids) or problem, image.device)
     columns = text if extra_text is None else torch.cat([text, extra_text.to(text.dtype)])
     dtype = torch.promote_types(image.dtype, text.dtype)
-    hidden = hidden_pairs(batch, pair_ids, None if extra_text is None else extra_text.detach())
-    kernels = _kernels(backend, image.device, dtype)
-    task = Task(batch, hidden, tile=tile, comm_dtype=comm_dtype, maxima=stats, kernels=kernels, gathering=gathering)
-    return Inputs(
-        image.to(dtype).contiguous(), columns.to(dtype).contiguous(), as_vector(logit_scale, image), task, pair_ids
+    task = Task(
+        batch,
+        hidden_pairs(batch, pair_ids, None if extra_text is None else extra_text.detach()),
+        tile=tile,
+        comm_dtype=comm_dtype,
+        kernels=_kernels(backend, image.device, dtype),
+        gathering=gathering,
+        tracked=torch.is_grad_enabled(),
     )
+    scale = as_vector(logit_scale, image)
+    return Inputs(image.to(dtype).contiguous(), columns.to(dtype).contiguous(), scale, task, pair_ids, stats)
+
+
+def _problem(
+    image: torch.Tensor, text: torch.Tensor, extra: torch.Tensor | None, pair_ids: PairIds | None
+) -> str | None:
+    """What does not fit, or None."""
+    if image.ndim != 2 or image.shape != text.shape or not image.shape[0]:
+        return f"image and text must both be Float[n, D], got {tuple(image.shape)} and {tuple(text.shape)}"
+    if extra is not None and (extra.ndim != 2 or extra.shape[1] != text.shape[1]):
+        return f"extra_text must be Float[k, {text.shape[1]}], got {tuple(extra.shape)}"
+    for name, features in (("image", image), ("text", text), ("extra_text", extra)):
+        if features is not None and not features.is_floating_point():
+            return f"{name} must hold floating-point numbers, got {features.dtype}"
+    if pair_ids is not None and len(pair_ids) != 2:
+        return f"pair_ids must be (image_ids, text_ids), got {len(pair_ids)} of them"
+    for ids in pair_ids or ():
+        if ids is not None and (ids.shape != (len(image),) or ids.dtype != torch.int64):
+            return f"pair_ids must be Int64[{len(image)}], got {ids.dtype} {tuple(ids.shape)}"
+    return None
+
+
+def _brings(image: torch.Tensor, text: torch.Tensor, extra: torch.Tensor | None, pair_ids: PairIds | None) -> str:
+    """What must be the same on all ranks."""
+    kinds = [
+        f"{kind} ids"
+        for kind, ids in zip(("image", "text"), () if pair_ids is None else pair_ids, strict=False)
+        if ids is not None
+    ]
+    extras = 0 if extra is None else len(extra)
+    parts = [f"{len(image)} pairs", f"{extras} extra texts", f"{image.shape[-1]} dimensions", *kinds]
+    return ", ".join([*parts, f"{image.dtype} images", f"{text.dtype} texts"])
 
 
 def _kernels(backend: Backend, device: torch.device, dtype: torch.dtype) -> ModuleType | None:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from clipscale.losses.task import Task, refuse_second_order
-from clipscale.losses.tiles import Grid, Maxima, Similarity, Tile
+from clipscale.losses.tiles import Grid, Similarity, Tile
 
 # Up to here 1 - sigmoid has all its digits, and minus its logarithm, at half the price of a softplus, is exact.
 GENTLE = 1.0
 
 
 class SigmoidLoss(torch.autograd.Function):
-    """``loss, positives, *maxima = SigmoidLoss.apply(image, columns, scale, bias, task)``.
+    """``loss, everyone = SigmoidLoss.apply(image, columns, scale, bias, task)``.
 
     As :class:`~clipscale.losses.softmax.SoftmaxLoss`, with ``bias`` Float[1]; the task's teachers, smoothing and cache
     have no meaning here.
@@ -31,7 +31,7 @@ class SigmoidLoss(torch.autograd.Function):
         task: Task,
     ) -> tuple[torch.Tensor, ...]:
         batch = task.batch
-        needs_x, needs_y, needs_scale, *_ = ctx.needs_input_grad
+        needs_x, needs_y, needs_scale, *_ = (task.tracked and needed for needed in ctx.needs_input_grad)
         dtype = torch.promote_types(image.dtype, torch.float32)
         y = task.gather(columns)
         student = Similarity(image, y, scale, dtype, bias)
@@ -41,21 +41,19 @@ class SigmoidLoss(torch.autograd.Function):
         bias_gradient = pairs.sum()
         dx = torch.zeros_like(image, dtype=dtype) if needs_x or (needs_scale and not needs_y) else None
         dy = torch.zeros_like(y, dtype=dtype) if needs_y else None
-        maxima = Maxima(batch, image.new_empty(0, dtype=dtype)) if task.maxima else None
         like = image.new_empty(0, dtype=student.products if task.fused else dtype)
         grid = Grid(batch, task.hidden, task.tile, like)
         for tile in grid:
-            value, weights, total = _tile(task, student, grid, tile, maxima)
+            value, weights, total = _tile(task, student, grid, tile)
             loss += value
             bias_gradient += total
             student.pull(weights, tile, dx, dy)
         loss = batch.sum([loss])[0] / batch.pairs
-        if any(ctx.needs_input_grad):
+        if task.tracked and any(ctx.needs_input_grad):
             _remember(ctx, task, student, pairs, bias_gradient, dx, dy)
-        beside = maxima.of_pairs() if maxima else ()
-        ctx.mark_non_differentiable(own, *beside)
+        ctx.mark_non_differentiable(y)
         ctx.columns_dtype = columns.dtype
-        return loss.to(dtype), own, *beside
+        return loss.to(dtype), y
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
@@ -75,17 +73,13 @@ class SigmoidLoss(torch.autograd.Function):
         )
 
 
-def _tile(
-    task: Task, student: Similarity, grid: Grid, tile: Tile, maxima: Maxima | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _tile(task: Task, student: Similarity, grid: Grid, tile: Tile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of a tile's logits, the sum of log(1 + exp(l)), sigmoid(l), and the sum of that."""
     out = grid.room(tile, 0)
     if task.fused:
         value, total = task.fused.sigmoid(student, grid, tile, out)
         return value, out, total
     logits = grid.hide(student.logits(tile, out), tile, grid.mask(tile), -math.inf)
-    if maxima is not None:
-        maxima.note(logits, tile)
     value, weights = _softplus(logits, grid.room(tile, 1))
     return value, weights, _total(weights)
 

@@ -33,7 +33,7 @@ import torch
 
 from clipscale.distributed.collectives import largest
 from clipscale.losses.task import Task, refuse_second_order
-from clipscale.losses.tiles import Grid, Maxima, Similarity, Tile
+from clipscale.losses.tiles import Grid, Similarity, Tile
 
 
 class _Range(NamedTuple):
@@ -120,7 +120,6 @@ class _Sums:
         self.softmax, count = softmax, 2 * len(softmax) - 1 + (2 if task.smoothing else 0)
         self.rows = student.x.new_zeros(count, task.batch.n, dtype=torch.float64)
         self.columns = student.x.new_zeros(count, task.batch.columns, dtype=torch.float64)
-        self.maxima = Maxima(task.batch, student.x.new_empty(0, dtype=student.dtype)) if task.maxima else None
         self.kept: list[tuple[Tile, list[torch.Tensor]]] = []
         budget = task.cache_bytes if keep and student.dtype is not torch.float64 else 0
         grid = softmax.grid()
@@ -145,8 +144,6 @@ class _Sums:
             taught = softmax.exponentials(i, grid, tile, mask, rooms[i])
             self._add(i, taught, tile)
             self._add(count - 1 + i, torch.mul(taught, logits, out=grid.room(tile, count)), tile)
-        if self.maxima is not None:
-            self.maxima.note(grid.hide(logits, tile, mask, -math.inf), tile)
         self._add(0, grid.hide(softmax.exp(0, logits), tile, mask), tile)
         return rooms
 
@@ -162,7 +159,10 @@ class _Sums:
         """
         softmax, student = self.softmax, self.softmax.similarities[0]
         _, lower, upper = RANGES[torch.float32]
-        few = (self.columns[0] < math.exp(lower)) & softmax.task.batch.paired(self.columns.device)
+        batch = softmax.task.batch
+        few = (self.columns[0] < math.exp(lower)) & batch.paired(self.columns.device)
+        if batch.n == 1:
+            few[batch.own] = False  # the one row there is is the column's own
         bad = few.any() | ~(self.columns[0] <= math.exp(upper)).all()
         bad = bad | _Side.of(softmax, self.rows, positives).out_of_range(torch.float32).any()
         rows, columns = torch.zeros_like(self.rows), torch.zeros_like(self.columns)
@@ -217,23 +217,22 @@ class _Side:
 
 
 class SoftmaxLoss(torch.autograd.Function):
-    """``loss, positives, *maxima = SoftmaxLoss.apply(image, columns, scale, task)``.
+    """``loss, everyone = SoftmaxLoss.apply(image, columns, scale, task)``.
 
     ``image`` is Float[n, D], ``columns`` Float[m, D] this rank's part of the columns, ``scale`` Float[1]. ``loss`` is
     that of the global batch, Float[], and its gradients are W times this rank's part of it, so that their mean over
-    ranks is the true one. The others have none: this rank's positive logits, Float64[n], and, with ``task.maxima``,
-    what :meth:`Maxima.of_pairs` returns.
+    ranks is the true one. ``everyone`` has none: the columns of all ranks, Float[M, D].
     """
 
     @staticmethod
     def forward(
         ctx: Any, image: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor, task: Task
     ) -> tuple[torch.Tensor, ...]:
-        batch, keep = task.batch, any(ctx.needs_input_grad)
+        keep = task.tracked and any(ctx.needs_input_grad)
         ctx.columns_dtype = columns.dtype
         dtype = torch.promote_types(image.dtype, torch.float32)
         student = Similarity(image, task.gather(columns), scale, dtype)
-        own = torch.stack([one.positives(batch.own) for one in (student, *task.teachers)])
+        own = torch.stack([one.positives(task.batch.own) for one in (student, *task.teachers)])
         softmax = _Softmax.of(task, student, dtype)
         done, sides, loss, failed = _solve(softmax, own, keep)
         if task.fused:
@@ -243,9 +242,8 @@ class SoftmaxLoss(torch.autograd.Function):
             loss = loss.masked_fill(failed, math.nan)
         if keep:
             _remember(ctx, done, sides)
-        beside = done.maxima.of_pairs() if done.maxima else ()
-        ctx.mark_non_differentiable(own[0], *beside)
-        return loss.to(dtype), own[0], *beside
+        ctx.mark_non_differentiable(student.y)
+        return loss.to(dtype), student.y
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:

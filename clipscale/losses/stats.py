@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from clipscale.losses.globalbatch import GlobalBatch, PairIds, duplicate_fraction
+from clipscale.losses.globalbatch import PairIds, duplicate_fraction
+from clipscale.losses.task import Task
+from clipscale.losses.tiles import Grid, Similarity, largest_beside
 
 
 class LossStats(NamedTuple):
@@ -26,24 +28,18 @@ class LossStats(NamedTuple):
 
 
 @torch.no_grad()
-def loss_stats(
-    batch: GlobalBatch,
-    image: torch.Tensor,
-    text: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    positives: torch.Tensor,
-    beside: tuple[torch.Tensor, torch.Tensor],
-    pair_ids: PairIds | None,
-) -> LossStats:
-    """Statistics of ``positives`` Float64[n] and the largest logits ``beside`` them, Float[n] each. A collective."""
+def loss_stats(task: Task, one: Similarity, pair_ids: PairIds | None) -> LossStats:
+    """Statistics of the logits that a loss went through. A collective, and a walk over the tiles of its own."""
+    batch = task.batch
+    positives = one.positives(batch.own)
+    beside = largest_beside(one, Grid(batch, task.hidden, task.tile, one.x.new_empty(0, dtype=one.dtype)))
     # The two come from differently rounded sums: logits that are equal in truth count as equal.
-    reached = positives + 1e-6 * scale.abs().double()
+    reached = positives + 1e-6 * one.scale.abs().double()
     hits = torch.stack([(other <= reached).sum() for other in beside]).double()
-    sums = [hits, positives.sum(), image.sum(0, dtype=torch.float64), text.sum(0, dtype=torch.float64)]
-    (image_hits, text_hits), positive, images, texts = batch.sum(sums)
-    offset = 0.0 if bias is None else bias.double().sum()
-    total = scale.double().sum() * (images @ texts) + batch.pairs**2 * offset
+    features = [x.sum(0, dtype=torch.float64) for x in (one.x, one.y[batch.own])]
+    (image_hits, text_hits), positive, images, texts = batch.sum([hits, positives.sum(), *features])
+    offset = 0.0 if one.bias is None else one.bias.double().sum()
+    total = one.scale.double().sum() * (images @ texts) + batch.pairs**2 * offset
     others = max(batch.pairs * (batch.pairs - 1), 1)
     found = [duplicate_fraction(ids, batch.group) for ids in pair_ids or () if ids is not None]
     return LossStats(

@@ -18,7 +18,7 @@ class Task:
 
     ``teachers`` are similarities whose softmax is the target, to the part ``weight``, and ``untaught`` Bool[M] the
     columns of which they know nothing; ``smoothing`` spreads so much of the rest evenly. ``gathering`` is that of the
-    columns, if it has begun.
+    columns, if it has begun. ``tracked``: whether there will be a backward pass.
     """
 
     batch: GlobalBatch
@@ -30,14 +30,14 @@ class Task:
     tile: TileShape = "auto"
     cache_bytes: float = 0
     comm_dtype: torch.dtype | None = None
-    maxima: bool = False
     kernels: ModuleType | None = None
     gathering: Gathering | None = None
+    tracked: bool = True
 
     @property
     def fused(self) -> ModuleType | None:
         """The kernels, where they suffice: they know the student's similarities only, and keep no exponentials."""
-        return None if self.teachers or self.smoothing or self.maxima else self.kernels
+        return None if self.teachers or self.smoothing else self.kernels
 
     def __post_init__(self) -> None:
         """Raise ValueError for what has no meaning."""

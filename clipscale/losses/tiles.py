@@ -141,21 +141,16 @@ class Grid:
         return values if mask is None else values.masked_fill_(mask, value)
 
 
-class Maxima:
-    """The largest logit beside the pair's own in every row, Float[n], and in every column, Float[M]."""
-
-    def __init__(self, batch: GlobalBatch, like: torch.Tensor) -> None:
-        self._batch = batch
-        self._rows, self._columns = (like.new_full((length,), -math.inf) for length in (batch.n, batch.columns))
-
-    def note(self, logits: torch.Tensor, tile: Tile) -> None:
-        """Take in a tile, in which hidden pairs and the own ones are -inf."""
-        for maxima, part, dim in ((self._rows, tile[0], 1), (self._columns, tile[1], 0)):
-            maxima[part] = torch.maximum(maxima[part], logits.amax(dim).to(maxima.dtype))
-
-    def of_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """By row and by column of this rank's pairs, Float[n] each. A collective."""
-        return self._rows, largest(self._columns, self._batch.group)[self._batch.own]
+def largest_beside(one: Similarity, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logit beside a pair's own and beside hidden ones, in its row and in its column, Float[n] each, over
+    all ranks. A collective, and a walk of its own."""
+    batch = grid.batch
+    rows, columns = (one.x.new_full((length,), -math.inf, dtype=one.dtype) for length in (batch.n, batch.columns))
+    for tile in grid:
+        logits = grid.hide(one.logits(tile, grid.room(tile, 0)), tile, grid.mask(tile), -math.inf)
+        for found, part, dim in ((rows, tile[0], 1), (columns, tile[1], 0)):
+            found[part] = torch.maximum(found[part], logits.amax(dim))
+    return rows, largest(columns, batch.group)[batch.own]
 
 
 def _tile_shape(shape: TileShape, cuda: bool) -> tuple[int, int]:

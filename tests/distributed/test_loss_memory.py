@@ -167,7 +167,7 @@ def _sent(case: Case, options: dict[str, Any]) -> tuple[list[tuple[str, int]], l
 
 
 N = 64
-AGREE = ("all_reduce", 10)
+AGREE = ("all_reduce", 3)
 CASES: list[tuple[Case, dict[str, Any], Any, Any]] = [
     # case, options, collectives of the forward and of the backward pass on W ranks
     (
