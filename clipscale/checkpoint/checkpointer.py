@@ -6,6 +6,7 @@ directory without it, or whose files do not match it, was never finished and is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -42,6 +43,8 @@ class Saved:
     bad_reasons: dict[str, int] = field(default_factory=dict)
     truncated_captions: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
+    teachers: list[str] = field(default_factory=list)
+    """Checkpoints of the runs that teach, and the fingerprints of each."""
 
 
 class Checkpointer:
@@ -107,6 +110,11 @@ class Checkpointer:
 def finished_checkpoints(directory: Path) -> list[Path]:
     """Finished checkpoints below a directory, newest first."""
     return [path for path in sorted(directory.glob("step_*"), reverse=True) if _is_finished(path)]
+
+
+def fingerprint(path: Path) -> str:
+    """Sixteen hex digits by which a checkpoint is known again."""
+    return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:16]
 
 
 def read_saved(path: Path) -> Saved:

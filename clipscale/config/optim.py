@@ -66,9 +66,10 @@ class Loss:
     of equal images (`image`), or of either (`both`); `none` keeps all."""
     label_smoothing: float = fixed(0.0)
     """Part of the softmax loss's target that is spread evenly over all that an image or a text is compared with."""
-    teachers: list[Any] = fixed([])
-    """Teachers to distil from: runs or checkpoints of clipscale, or `{image: MEMBER, text: MEMBER, logit_scale: 100}`,
-    embeddings that are stored with the samples and the multiplier on their similarities."""
+    teachers: Any = fixed([])
+    """Teachers to distil from: checkpoints of clipscale or runs (the newest checkpoint at the student's start), or
+    `{image: MEMBER, text: MEMBER, logit_scale: 100}`, embeddings that are stored with the samples and the multiplier
+    on their similarities."""
     teacher_weight: float = fixed(0.5)
     """Part of the target that is the teachers' mean softmax; the rest is the pair itself."""
     dtype: LossDtype = event(LossDtype.fp32)
@@ -117,7 +118,7 @@ class Optim:
         if self.microbatches > pairs:
             raise ConfigError(
                 f"optim.microbatches={self.microbatches} is more than the {pairs} pairs of a batch that a process has; "
-                f"use optim.microbatches={pairs} or less, or optim.microbatches=auto"
+                f"use optim.microbatches={pairs} or less, or optim.microbatches=auto with optim.max_microbatch"
             )
         return self.microbatches
 

@@ -49,6 +49,4 @@ def _comparable(key: str, value: Any) -> Any:
         # Data may move between resumes: only file names count, their contents are checked by the cursor.
         sources = [value] if isinstance(value, str) else list(value)
         return ["::".join(posixpath.basename(part) for part in str(source).split("::")) for source in sources]
-    if key == "loss.teachers":  # as for data: a teacher may have moved
-        return [posixpath.basename(posixpath.normpath(one)) if isinstance(one, str) else one for one in value]
     return value

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from clipscale.config.data import Builtin, Data
-from clipscale.config.optim import LossName
+from clipscale.config.optim import Loss, LossName
 from clipscale.config.schema import Config
 from clipscale.errors import ConfigError
 
@@ -95,6 +96,8 @@ def _microbatches(config: Config) -> Iterator[str]:
         yield f"optim.microbatches={count}: choose auto or a number, 1 or more"
     if most is not None and most < 1:
         yield f"optim.max_microbatch={most} must be above 0"
+    if count != "auto" and most is not None:
+        yield f"optim.max_microbatch={most} has no effect without optim.microbatches=auto"
     if count == "auto" and most is None:
         yield "optim.microbatches=auto needs the pairs that a process can hold at once, e.g. optim.max_microbatch=256"
 
@@ -144,12 +147,17 @@ def _loss(config: Config) -> Iterator[str]:
     for key, share in (("label_smoothing", loss.label_smoothing), ("teacher_weight", loss.teacher_weight)):
         if not 0 <= share <= 1:
             yield f"loss.{key}={share} must lie in [0, 1]"
-    if loss.cache_mb < 0:
+    if not loss.cache_mb >= 0:
         yield f"loss.cache_mb={loss.cache_mb} must be 0 or more"
     if loss.name is not LossName.clip and loss.label_smoothing:
         yield f"loss.label_smoothing={loss.label_smoothing}: only loss=clip has labels to smooth"
     if loss.name is not LossName.clip and loss.teachers:
         yield f"loss.teachers={loss.teachers}: only loss=clip has a softmax to distil into"
+    if not isinstance(loss.teachers, list):
+        yield f"loss.teachers={loss.teachers} must be a list; write loss.teachers=[RUN] or loss.teachers=[]"
+        return
+    if not loss.teachers and loss.teacher_weight != Loss.teacher_weight:
+        yield f"loss.teacher_weight={loss.teacher_weight} has no effect without loss.teachers=[RUN]"
     for teacher in loss.teachers:
         yield from _teacher(config, teacher)
 
@@ -164,8 +172,8 @@ def _teacher(config: Config, teacher: Any) -> Iterator[str]:
         len(members) < 2
         or not keys <= {"image", "text", "logit_scale"}
         or not all(isinstance(member, str) for member in members)
-        or not isinstance(scale, int | float)
-        or not scale > 0
+        or type(scale) not in (int, float)
+        or not 0 < scale < math.inf
     ):
         yield (
             f"loss.teachers: {teacher} is neither a run nor names the members of a teacher's embeddings; write RUN or "

@@ -91,17 +91,24 @@ class CLIP(nn.Module):
         features = self.visual(images)
         return _normalize(features) if normalize else features
 
-    def encode_text(self, text: Any, lengths: torch.Tensor | None = None, normalize: bool = False) -> torch.Tensor:
+    def encode_text(
+        self,
+        text: Any,
+        lengths: torch.Tensor | None = None,
+        normalize: bool = False,
+        longest: int | None = None,
+    ) -> torch.Tensor:
         """Float[B, D] of captions.
 
         ``text`` is padded ids Int64[B, L] as the tokenizer gives them, or packed ids Int[T] with ``lengths`` Int[B],
-        or a loader's ``Batch``. Raises ValueError for a caption without an end, or longer than the context.
+        or a loader's ``Batch``; ``longest`` as TextTower takes it. Raises ValueError for a caption without an end, or
+        longer than the context.
         """
         if hasattr(text, "text_ids"):
             text, lengths = text.text_ids, text.text_lengths
         if lengths is None:
             text, lengths = self.text.pack(text)
-        features = self.text(text, lengths)
+        features = self.text(text, lengths, longest)
         return _normalize(features) if normalize else features
 
 

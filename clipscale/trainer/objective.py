@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
-from clipscale.checkpoint import load
 from clipscale.config import Config
 from clipscale.config.optim import LossName, MaskDuplicates
 from clipscale.data.loader import Batch
-from clipscale.data.tokenizer import Tokenizer
 from clipscale.distributed.collectives import Gathering, Group, world_size
-from clipscale.errors import ConfigError
 from clipscale.losses import LOSSES, LossStats, PairIds, Teacher, distill_loss, duplicate_fraction
 from clipscale.models import CLIP, Features
-from clipscale.parallel import towers_autocast
+from clipscale.trainer.teachers import PinnedTeacher, ask_teacher, load_teacher
 
 STORED_SCALE = 100.0  # of teachers whose embeddings are stored, unless they bring another: what CLIP ends with
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: as the towers leave them
@@ -71,7 +67,9 @@ class Objective:
         if not stats:
             return outcome, None
         loss, found = outcome
-        return loss, found._replace(duplicate_fraction=duplicate_fraction(batch.caption_ids.to(image.device)))
+        ids = [ids for ids in (batch.caption_ids, batch.image_ids) if ids is not None]
+        shares = torch.stack([duplicate_fraction(one.to(image.device)) for one in ids])
+        return loss, found._replace(duplicate_fraction=shares.max())  # also where they are not masked
 
     def _pair_ids(self, batch: Batch, device: torch.device) -> PairIds | None:
         mask = self.config.loss.mask_duplicates
@@ -89,7 +87,7 @@ class Objective:
         found = []
         for one in self.config.loss.teachers:
             if isinstance(one, str):
-                found.append(_ask(next(models), parts, device, self.config))
+                found.append(ask_teacher(next(models), parts, device, self.config.precision.name))
             else:
                 image, text = (x.to(device, non_blocking=True) for x in next(stored))
                 found.append(Teacher(image, text, one.get("logit_scale", STORED_SCALE)))
@@ -123,26 +121,9 @@ def extra_rows(extra_text: torch.Tensor, batch: Batch) -> torch.Tensor:
     return room.index_copy(0, places, extra_text)
 
 
-def _ask(model: CLIP, parts: Sequence[Batch], device: torch.device, config: Config) -> Teacher:
-    side = model.config.vision.image_size
-    images, texts = [], []
-    with towers_autocast(config.precision.name, device):
-        for part in parts:
-            pixels = part.images.to(device, non_blocking=True)
-            if pixels.shape[-1] != side:
-                pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True)
-            ids, lengths = (x.to(device, non_blocking=True) for x in (part.text_ids, part.text_lengths))
-            images.append(model.encode_image(pixels, normalize=True))
-            texts.append(model.encode_text(ids, lengths, normalize=True))
-    return Teacher(torch.cat(images), torch.cat(texts), model.logit_scale.detach().exp())
-
-
-def build_objective(config: Config, tokenizer: Tokenizer, device: torch.device) -> Objective:
-    """Load the teachers that are runs or checkpoints. A collective.
-
-    Raises ConfigError for one that reads other tokens than the student, or fewer; ClipscaleError where there is none.
-    """
-    return Objective(config, tuple(_load_teachers(config, tokenizer, device)), _group_ahead(config))
+def build_objective(config: Config, teachers: Sequence[PinnedTeacher], device: torch.device) -> Objective:
+    """Load the teachers that are runs or checkpoints. A collective."""
+    return Objective(config, tuple(load_teacher(teacher, device) for teacher in teachers), _group_ahead(config))
 
 
 def _group_ahead(config: Config) -> Group:
@@ -152,21 +133,3 @@ def _group_ahead(config: Config) -> Group:
     # Not torch's own time-out: a rank that never sends must be told from a slow one as in every other collective.
     group: Any = dist.new_group(timeout=timedelta(seconds=config.distributed.timeout_s))
     return group
-
-
-def _load_teachers(config: Config, tokenizer: Tokenizer, device: torch.device) -> Iterator[CLIP]:
-    for path in config.loss.teachers:
-        if not isinstance(path, str):
-            continue
-        model, _, its = load(path, str(device))
-        if (its.name, its.vocab_size) != (tokenizer.name, tokenizer.vocab_size):
-            raise ConfigError(
-                f"loss.teachers: {path} reads the tokens of {its.name}, the student those of {tokenizer.name}; store "
-                "its embeddings with the samples instead (loss.teachers=[{image: MEMBER, text: MEMBER}])"
-            )
-        if model.config.context_length < tokenizer.context_length:
-            raise ConfigError(
-                f"loss.teachers: {path} reads {model.config.context_length} tokens of a caption, the student "
-                f"{tokenizer.context_length}; use tokenizer.context_length={model.config.context_length}"
-            )
-        yield model.requires_grad_(False).eval()

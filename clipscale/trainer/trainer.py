@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from clipscale.checkpoint import Checkpointer, Saved
+from clipscale.checkpoint import Checkpointer, Saved, read_saved
 from clipscale.config import Config, save_config
 from clipscale.config.fields import leaves
 from clipscale.config.model import model_summary
@@ -32,9 +32,18 @@ from clipscale.optim import Ema, build_optimizer, configure, learning_rate
 from clipscale.parallel import build_scaler, parallelize
 from clipscale.telemetry import Meters, Sinks, evaluated_at, last_values
 from clipscale.trainer.account import Account, listed
-from clipscale.trainer.build import build_loader, build_store, build_train_data, eval_context, place_data, run_path
+from clipscale.trainer.build import (
+    build_loader,
+    build_store,
+    build_train_data,
+    eval_context,
+    once_per_node,
+    place_data,
+    run_path,
+)
 from clipscale.trainer.objective import build_objective
 from clipscale.trainer.step import TrainStep
+from clipscale.trainer.teachers import pin_teachers
 
 log = logging.getLogger("clipscale")
 
@@ -45,10 +54,14 @@ class Trainer:
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
         self.path = run_path(config)
+        self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
+        self.tokenizer = build_tokenizer(config.tokenizer, config.model)
+        newest = self.checkpoints.newest()
+        taught_by = read_saved(newest).teachers if newest else []
+        teachers = once_per_node(runtime, lambda: pin_teachers(config, self.tokenizer, taught_by))
         self.data = place_data(config.data, runtime)
         self.store = build_store(config, runtime.world)
         self.train = build_train_data(config, self.data, self.store, runtime)
-        self.tokenizer = build_tokenizer(config.tokenizer, config.model)
         model = build_model(
             config.model,
             seed=config.seed,
@@ -60,11 +73,11 @@ class Trainer:
         optimizer = build_optimizer(self.model, config.optim)
         self.ema = Ema(self.model, config.ema.decay) if config.ema.decay is not None else None
         scaler = build_scaler(config.precision.name, runtime.device)
-        objective = build_objective(config, self.tokenizer, runtime.device)
+        objective = build_objective(config, teachers, runtime.device)
         self.step = TrainStep(config, runtime, laid_out, objective, optimizer, scaler, self.ema)
         self.evaluators = build_evaluators(self.data, self.store, config.model.vision, config.global_batch_size)
-        self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
         self.saved = Saved(positions=[0] * self.train.order.streams, fingerprint=self.train.order.fingerprint)
+        self.saved.teachers = [str(teacher) for teacher in teachers]
         self.account = Account(config, self.path, runtime, self.train)
         self.evaluated_at = 0  # samples seen at the last evaluation
         self.checkpointed_at = -1

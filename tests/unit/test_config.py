@@ -140,6 +140,12 @@ def test_all_cross_field_mistakes_come_at_once() -> None:
         (["optim.microbatches=true"], "optim.microbatches=True: choose"),
         (["optim.microbatches=null"], "optim.microbatches=None: choose"),
         (["optim.microbatches=auto"], "needs the pairs that a process can hold at once, e.g. optim.max_microbatch="),
+        (["optim.max_microbatch=8"], "optim.max_microbatch=8 has no effect without optim.microbatches=auto"),
+        (["loss.teacher_weight=0.9"], "loss.teacher_weight=0.9 has no effect without loss.teachers"),
+        (["loss.teachers=run"], "loss.teachers=run must be a list; write"),
+        (["loss.teachers=[{image: a, text: b, logit_scale: .inf}]"], "names the members of a teacher's"),
+        (["loss.teachers=[a]", "loss=siglip"], "only loss=clip has a softmax to distil into"),
+        (["loss.cache_mb=nan"], "loss.cache_mb=nan must be 0 or more"),
         (["optim.microbatches=auto", "optim.max_microbatch=0"], "optim.max_microbatch=0 must be above 0"),
     ],
 )
