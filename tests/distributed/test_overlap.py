@@ -102,14 +102,14 @@ RECOMPUTED = "parallel.activation_checkpointing=full"
 TABLE = [
     # world, overrides, hard negatives
     (2, ["parallel=ddp", RECOMPUTED], True),
-    (2, ["parallel=ddp", "loss=siglip"], True),
-    (2, ["parallel=ddp", "loss.dtype=bf16", "precision=amp_bf16"], True),
+    pytest.param(2, ["parallel=ddp", "loss=siglip"], True, marks=pytest.mark.slow),
+    pytest.param(2, ["parallel=ddp", "loss.dtype=bf16", "precision=amp_bf16"], True, marks=pytest.mark.slow),
     (2, ["parallel=ddp", "loss.mask_duplicates=text", "model.vision.drop_path=0.3"], True),
-    (2, ["parallel=fsdp"], False),
-    (2, ["parallel=fsdp", RECOMPUTED], True),
-    (2, ["parallel=fsdp", "loss=siglip", RECOMPUTED], False),
+    pytest.param(2, ["parallel=fsdp"], False, marks=pytest.mark.slow),
+    pytest.param(2, ["parallel=fsdp", RECOMPUTED], True, marks=pytest.mark.slow),
+    pytest.param(2, ["parallel=fsdp", "loss=siglip", RECOMPUTED], False, marks=pytest.mark.slow),
     (2, ["parallel=fsdp", "precision=amp_fp16"], True),
-    (2, ["parallel=fsdp", "optim.microbatches=2"], True),  # has no effect
+    pytest.param(2, ["parallel=fsdp", "optim.microbatches=2"], True, marks=pytest.mark.slow),  # has no effect
     (4, ["parallel=fsdp", "loss=siglip"], True),
 ]
 
@@ -156,7 +156,7 @@ def gathers(counted: CommDebugMode) -> int:
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-@pytest.mark.parametrize("recomputed", ["none", "full"])
+@pytest.mark.parametrize("recomputed", ["full", pytest.param("none", marks=pytest.mark.slow)])
 def test_texts_are_sent_once_and_before_the_images(pool2: Any, layout: str, recomputed: str) -> None:
     overrides = [f"parallel={layout}", f"parallel.activation_checkpointing={recomputed}"]
     for (usual, late), (ahead, early) in zip(
@@ -186,7 +186,10 @@ def delayed(overrides: list[str], slow: bool) -> Trained:
         return train(step, negatives=True, steps=DELAYED_STEPS)
 
 
-@pytest.mark.parametrize(("world", "layout"), [(2, "ddp"), (2, "fsdp"), (4, "ddp")])
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(2, "ddp"), pytest.param(2, "fsdp", marks=pytest.mark.slow), pytest.param(4, "ddp", marks=pytest.mark.slow)],
+)
 def test_ranks_that_fall_behind(pools: Any, world: int, layout: str) -> None:
     truth = pools[world].run(delayed, [f"parallel={layout}"], False)
     for ours, true in zip(pools[world].run(delayed, [f"parallel={layout}", AHEAD], True), truth, strict=True):
