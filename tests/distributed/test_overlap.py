@@ -14,10 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
-from clipscale.config import compose
 from clipscale.config.schema import Config
 from clipscale.data.loader import Batch
-from clipscale.data.tokenizer import build_tokenizer
 from clipscale.distributed.collectives import Gathering, gather, rank, whole, world_size
 from clipscale.distributed.runtime import Runtime
 from clipscale.losses import clip_loss, siglip_loss
@@ -49,8 +47,7 @@ def batch_of(number: int, negatives: bool) -> Batch:
 
 
 def objective_of(config: Config) -> Objective:
-    plain, _ = compose([])  # the small model's vocabulary is no tokenizer's
-    return build_objective(config, build_tokenizer(plain.tokenizer, plain.model), torch.device("cpu"))
+    return build_objective(config, [], torch.device("cpu"))
 
 
 def build(config: Config, objective: Objective, device: str = "cpu") -> TrainStep:
