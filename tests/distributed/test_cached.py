@@ -99,13 +99,13 @@ def test_one_process(alone: Any, loss: str, count: int) -> None:
 
 TABLE = [
     # world, layout, loss, microbatches of each rank
-    (2, "ddp", "loss=clip", 1),
-    (2, "ddp", "loss=clip", 2),
+    pytest.param(2, "ddp", "loss=clip", 1, marks=pytest.mark.slow),
+    pytest.param(2, "ddp", "loss=clip", 2, marks=pytest.mark.slow),
     (2, "ddp", "loss=clip", 3),
     (2, "ddp", "loss=clip", 4),
     (2, "ddp", "loss=siglip", 4),
-    (2, "fsdp", "loss=clip", 1),
-    (2, "fsdp", "loss=clip", 2),
+    pytest.param(2, "fsdp", "loss=clip", 1, marks=pytest.mark.slow),
+    pytest.param(2, "fsdp", "loss=clip", 2, marks=pytest.mark.slow),
     (2, "fsdp", "loss=clip", 4),
     (2, "fsdp", "loss=siglip", 4),
     (4, "ddp", "loss=clip", 4),

@@ -79,6 +79,7 @@ def test_each_number_is_the_dense_one(pools: Any, world: int) -> None:
             ]
         )
     ]
+    cases = cases if world == 2 else cases[world % 3 :: 3]
     for case, *ranks in zip(cases, *run(pools, world, _stats, cases), strict=True):
         expected = by_hand(case)
         for numbers, same, named in ranks:
