@@ -52,12 +52,15 @@ class SigmoidLoss(torch.autograd.Function):
         if task.tracked and any(ctx.needs_input_grad):
             _remember(ctx, task, student, pairs, bias_gradient, dx, dy)
         ctx.mark_non_differentiable(y)
+        ctx.set_materialize_grads(False)  # or the backward pass would be handed zeros for it
         ctx.columns_dtype = columns.dtype
         return loss.to(dtype), y
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
         refuse_second_order()
+        if gradient is None:
+            return None, None, None, None, None
         dx, dy, scale, bias = ctx.saved_tensors
         image_gradient = None if dx is None else (dx * gradient).to(ctx.image_dtype)
         text_gradient = None

@@ -243,11 +243,14 @@ class SoftmaxLoss(torch.autograd.Function):
         if keep:
             _remember(ctx, done, sides)
         ctx.mark_non_differentiable(student.y)
+        ctx.set_materialize_grads(False)  # or the backward pass would be handed zeros for it
         return loss.to(dtype), student.y
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
         refuse_second_order()
+        if gradient is None:
+            return None, None, None, None
         softmax, factors, kept = _recall(ctx)
         student, task, batch = softmax.similarities[0], ctx.task, ctx.task.batch
         needs_x, needs_y, needs_scale, _ = ctx.needs_input_grad

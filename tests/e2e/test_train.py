@@ -180,7 +180,10 @@ def test_killed_and_resumed_on_other_world_sizes(undisturbed: tuple[Path, str], 
     assert_equal_runs(path, undisturbed[0], 1e-4)
 
 
-@pytest.mark.parametrize(("world", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("world", "number"),
+    [(1, signal.SIGINT), pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow), (2, signal.SIGTERM)],
+)
 def test_asked_to_stop_it_saves_and_goes_on(
     undisturbed: tuple[Path, str], recipe: list[str], world: int, number: signal.Signals
 ) -> None:
@@ -206,7 +209,7 @@ def test_asked_to_stop_it_saves_and_goes_on(
     assert_equal_runs(path, undisturbed[0], 1e-4)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_too_many_bad_samples_stop_the_run(recipe: list[str], world: int) -> None:
     name = f"budget-{world}"
     short = [*recipe, f"name={name}", f"cluster.processes_per_node={world}", "total_samples=320"]
