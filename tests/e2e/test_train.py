@@ -22,7 +22,7 @@ import clipscale
 from clipscale.data.manifest import ShardFile
 from clipscale.data.stream import read_samples
 from tests.runs import command, keys, kill_everything, losses, rows, run
-from tests.shards import STORE, write_shards
+from tests.shards import STORE, jpeg, write_shards
 
 BATCH, STEPS = 32, 60
 ROOT = Path(__file__).parents[2]
@@ -285,6 +285,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_examples_run(demo: Path, page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
+    (demo / "cat.jpg").write_bytes(jpeg(1))
     for block in blocks:
         done = subprocess.run([sys.executable, "-c", block], cwd=demo, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
