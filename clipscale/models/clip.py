@@ -12,6 +12,7 @@ from torch import nn
 from clipscale.config import load_group
 from clipscale.config.model import Model
 from clipscale.models.init import initialize
+from clipscale.models.packing import Packing
 from clipscale.models.text import TextTower
 from clipscale.models.vision import VisionTower
 
@@ -66,15 +67,13 @@ class CLIP(nn.Module):
         """The log of the multiplier on cosine similarities, Float[1]."""
         return self.temperature.logit_scale
 
-    def forward(
-        self, images: torch.Tensor, text_ids: torch.Tensor, text_lengths: torch.Tensor, longest: int | None = None
-    ) -> Features:
+    def forward(self, images: torch.Tensor, text_ids: torch.Tensor, text_lengths: torch.Tensor | Packing) -> Features:
         """Features of a batch of B pairs: ``images`` as VisionTower takes them, captions packed as TextTower does.
 
         Captions beyond the first B belong to no image.
         """
         image = _normalize(self.visual(images))
-        text, extra_text = _normalize(self.text(text_ids, text_lengths, longest)).tensor_split([len(images)])
+        text, extra_text = _normalize(self.text(text_ids, text_lengths)).tensor_split([len(images)])
         return Features(image, text, extra_text, *self.temperature())
 
     def encode_image(self, images: torch.Tensor, normalize: bool = False) -> torch.Tensor:
@@ -85,8 +84,9 @@ class CLIP(nn.Module):
     def encode_text(self, text: Any, lengths: torch.Tensor | None = None, normalize: bool = False) -> torch.Tensor:
         """Float[B, D] of captions.
 
-        ``text`` is padded ids Int64[B, L] as the tokenizer gives them, or packed ids Int[T] with ``lengths`` Int[B],
-        or a loader's ``Batch``. Raises ValueError for a caption without an end, or longer than the context.
+        ``text`` is padded ids Int64[B, L] as the tokenizer gives them, or packed ids Int[T] with ``lengths`` Int[B]
+        (on the host, where the device must not be waited for), or a loader's ``Batch``. Raises ValueError for a caption
+        without an end, or longer than the context.
         """
         if hasattr(text, "text_ids"):
             text, lengths = text.text_ids, text.text_lengths

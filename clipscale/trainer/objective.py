@@ -88,9 +88,9 @@ def _ask(model: CLIP, parts: Sequence[Batch], device: torch.device, config: Conf
             pixels = part.images.to(device, non_blocking=True)
             if pixels.shape[-1] != side:
                 pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True)
-            ids, lengths = (x.to(device, non_blocking=True) for x in (part.text_ids, part.text_lengths))
+            ids = part.text_ids.to(device, non_blocking=True)
             images.append(model.encode_image(pixels, normalize=True))
-            texts.append(model.encode_text(ids, lengths, normalize=True))
+            texts.append(model.encode_text(ids, part.text_lengths, normalize=True))
     return Teacher(torch.cat(images), torch.cat(texts), model.logit_scale.detach().exp())
 
 

@@ -95,10 +95,10 @@ class TrainStep:
         if batch.negative_ids is not None and batch.negative_lengths is not None:
             ids = torch.cat([ids, batch.negative_ids])
             lengths = torch.cat([lengths, batch.negative_lengths[batch.negative_lengths > 0]])
-        inputs = [tensor.to(device, non_blocking=True) for tensor in (batch.images, ids, lengths)]
+        images, ids = (tensor.to(device, non_blocking=True) for tensor in (batch.images, ids))
         # A context for each pass: the casts that autocast keeps from one without a graph have none.
         with towers_autocast(self.config.precision.name, device):
-            features = self.laid_out.module(*inputs, int(lengths.max()))
+            features = self.laid_out.module(images, ids, self.model.text.packing(lengths))
         if batch.negative_lengths is None:
             return features
         # Those that a sample lacks are rows of zeros, as the loss takes them.
