@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from clipscale.config.model import Activation, Text
+from clipscale.config import load_group
+from clipscale.config.model import Activation, Model, Text
 from clipscale.models import CLIP, build_model
 from clipscale.models.packing import Packing
 from clipscale.models.text import TextTower
+from clipscale.models.vit import PatchLinear, PooledBlock, compute_what_counts, is_poolable
 from tests.towers import draw_captions, padded_text, randomise
 
 
@@ -131,3 +135,88 @@ def test_the_last_block_computes_no_more_than_the_ends(tiny: CLIP) -> None:
     for hook in hooks:
         hook.remove()
     assert [given[0] for given, _ in seen] == [len(packing.tokens)] * (len(tiny.text.blocks) - 1) + [4]
+
+
+# timm's name, options, whether the last block is pooled
+TRUNKS = [
+    ("vit_base_patch16_clip_224", {"img_size": 32}, True),
+    ("vit_base_patch16_clip_quickgelu_224", {"img_size": 32}, True),
+    ("vit_base_patch16_224", {"img_size": (32, 48)}, True),  # neither a norm before the blocks nor a bare convolution
+    ("vit_small_patch14_reg4_dinov2", {"img_size": 42, "num_heads": 4}, True),  # registers, LayerScale
+    ("vit_base_patch16_224", {"img_size": 32, "qk_norm": True, "scale_attn_norm": True, "qkv_bias": False}, True),
+    ("vit_base_patch16_clip_224", {"img_size": 36}, True),  # the last pixels belong to no patch
+    ("vit_base_patch16_siglip_224", {"img_size": 32}, False),  # pooled by attention
+    ("vit_base_patch16_rope_reg1_gap_256", {"img_size": 32}, False),
+    ("vit_base_patch16_224", {"img_size": 32, "global_pool": "avg"}, False),
+    ("resnet18", {}, False),
+]
+
+
+def trunks(name: str, options: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+    """A small one as timm makes it, in float64, and one of the same weights that computes only what counts."""
+    sizes = (
+        {}
+        if name == "resnet18"
+        else {"embed_dim": 64, "depth": 2} | ({} if "num_heads" in options else {"num_heads": 4})
+    )
+    plain, ours = (timm.create_model(name, num_classes=0, **sizes | options).double() for _ in range(2))
+    randomise(plain)
+    ours.load_state_dict(plain.state_dict())
+    compute_what_counts(ours)
+    return plain, ours
+
+
+@pytest.mark.parametrize(("name", "options", "pooled"), TRUNKS, ids=str)
+def test_vits_compute_what_timms_do(name: str, options: dict[str, Any], pooled: bool) -> None:
+    plain, ours = trunks(name, options)
+    assert any(isinstance(module, PooledBlock) for module in ours.modules()) == pooled
+    assert {n: p.shape for n, p in plain.state_dict().items()} == {n: p.shape for n, p in ours.state_dict().items()}
+    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in ours.named_parameters()]
+    side = options.get("img_size", 32)
+    images = torch.randn(3, 3, *((side, side) if isinstance(side, int) else side), dtype=torch.float64)
+    truth, found = plain.eval()(images), ours.eval()(images)
+    torch.testing.assert_close(found, truth, atol=1e-12, rtol=1e-12)
+    assert worst(gradients(found, ours), gradients(truth, plain)) <= 1e-11
+
+
+@pytest.mark.parametrize("drops", [{"drop_path_rate": 0.5}, {"patch_drop_rate": 0.5}, {"pos_drop_rate": 0.3}], ids=str)
+def test_vits_drop_what_timms_do(drops: dict[str, float]) -> None:
+    plain, ours = trunks("vit_base_patch16_clip_224", {"img_size": 64} | drops)
+    images = torch.randn(6, 3, 64, 64, dtype=torch.float64)
+    drawn = []
+    for model in (plain, ours):
+        torch.manual_seed(3)
+        features = model.train()(images)
+        drawn += [features, gradients(features, model)]
+    torch.testing.assert_close(drawn[2], drawn[0], atol=1e-12, rtol=1e-12)
+    assert worst(drawn[3], drawn[1]) <= 1e-11
+    assert (plain.eval()(images) - drawn[0]).abs().max() > 1e-3, "nothing was dropped"
+
+
+class Mixing(nn.Module):
+    """What no block of a ViT has: a scale that depends on the other tokens."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(dim=1, keepdim=True)
+
+
+def test_a_block_that_cannot_be_pooled_is_not() -> None:
+    trunk = timm.create_model(
+        "vit_base_patch16_clip_224", img_size=32, num_classes=0, embed_dim=64, depth=2, num_heads=4
+    )
+    before, block = torch.get_rng_state(), trunk.blocks[-1]
+    assert is_poolable(block)
+    assert torch.equal(torch.get_rng_state(), before)
+    block.ls1 = Mixing()
+    assert not is_poolable(block)
+    compute_what_counts(trunk)
+    assert trunk.blocks[-1] is block
+
+
+@pytest.mark.parametrize("name", ["tiny", "vit_b_32", "rn50", "convnext_base"])
+def test_which_towers_pool_their_last_block(name: str) -> None:
+    with torch.device("meta"):
+        trunk = CLIP(load_group("model", name, Model)).visual.trunk
+    found = [name for name, module in trunk.named_modules() if isinstance(module, PooledBlock | PatchLinear)]
+    depth = len(getattr(trunk, "blocks", ()))
+    assert found == (["patch_embed.proj", f"blocks.{depth - 1}"] if depth else [])
