@@ -148,6 +148,7 @@ TRUNKS = [
     ("vit_base_patch16_siglip_224", {"img_size": 32}, False),  # pooled by attention
     ("vit_base_patch16_rope_reg1_gap_256", {"img_size": 32}, False),
     ("vit_base_patch16_224", {"img_size": 32, "global_pool": "avg"}, False),
+    ("vit_base_patch16_224", {"img_size": 32, "global_pool": "avg", "fc_norm": False}, False),  # the norm stays before
     ("resnet18", {}, False),
 ]
 
