@@ -32,7 +32,15 @@ from clipscale.optim import Ema, build_optimizer, configure, learning_rate
 from clipscale.parallel import build_scaler, parallelize
 from clipscale.telemetry import Meters, Sinks, evaluated_at, last_values
 from clipscale.trainer.account import Account, listed
-from clipscale.trainer.build import build_loader, build_store, build_train_data, eval_context, place_data, run_path
+from clipscale.trainer.build import (
+    build_loader,
+    build_store,
+    build_train_data,
+    eval_context,
+    place_data,
+    run_path,
+    start_from,
+)
 from clipscale.trainer.objective import build_objective
 from clipscale.trainer.step import TrainStep
 
@@ -55,6 +63,10 @@ class Trainer:
             logit_scale=config.loss.init_logit_scale,
             logit_bias=config.loss.first_bias,
         )
+        self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
+        self.starts_from = config.init.weights if self.checkpoints.newest() is None else None
+        if self.starts_from is not None:
+            start_from(model, self.starts_from, runtime)
         laid_out = parallelize(model, config.parallel, runtime.device)
         self.model = laid_out.model
         optimizer = build_optimizer(self.model, config.optim)
@@ -63,7 +75,6 @@ class Trainer:
         objective = build_objective(config, self.tokenizer, runtime.device)
         self.step = TrainStep(config, runtime, laid_out, objective, optimizer, scaler, self.ema)
         self.evaluators = build_evaluators(self.data, self.store, config.model.vision, config.global_batch_size)
-        self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
         self.saved = Saved(positions=[0] * self.train.order.streams, fingerprint=self.train.order.fingerprint)
         self.account = Account(config, self.path, runtime, self.train)
         self.evaluated_at = 0  # samples seen at the last evaluation
@@ -338,6 +349,7 @@ class Trainer:
         )
         say = sinks.console.say
         start = f"resuming at {saved.samples_seen:,}" if saved.samples_seen else "starting"
+        start += f" from {self.starts_from}," if self.starts_from else ""
         parameters = sum(p.numel() for p in self.model.parameters())
         parts = f", {self.step.microbatches} microbatches on each process" if self.step.microbatches > 1 else ""
         say(f"{self.path}: {start} of {config.total_samples:,} samples in batches of {config.global_batch_size}{parts}")
