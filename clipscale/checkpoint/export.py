@@ -15,6 +15,7 @@ from clipscale.checkpoint.interop import State, is_clip_resnet, is_clip_vit, to_
 from clipscale.checkpoint.loading import EXPORTED
 from clipscale.checkpoint.pretrained import HF_CONFIG, HF_IMAGES, OPEN_CLIP_CONFIG, tell
 from clipscale.config import Config, save_config
+from clipscale.config.data import Builtin, Data
 from clipscale.config.data import Tokenizer as TokenizerConfig
 from clipscale.config.model import Activation, ResizeMode
 from clipscale.data.tokenizer import Tokenizer, byte_pairs
@@ -137,7 +138,13 @@ def write_safetensors(model: CLIP, config: Config, out: Path) -> None:
 
     Nothing of where data lie goes with it.
     """
-    kept = Config(model=config.model, tokenizer=config.tokenizer, loss=replace(config.loss, teachers=[]))
+    # Data that need no place: an evaluation names its own.
+    kept = Config(
+        data=Data(builtin=Builtin.synthetic),
+        model=config.model,
+        tokenizer=config.tokenizer,
+        loss=replace(config.loss, teachers=[]),
+    )
     _write_weights(model.state_dict(), out / EXPORTED)
     save_config(kept, out / "config.yaml")
 
@@ -153,7 +160,10 @@ def _only_byte_pairs(tokenizer: Tokenizer) -> None:
 def _write_weights(state: Mapping[str, torch.Tensor], path: Path) -> None:
     # Cloned, because safetensors refuses tensors that share memory, as parts of one matrix do.
     plain: State = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    path.touch()
+    mode = path.stat().st_mode  # safetensors would leave the file to its owner alone
     save_file(plain, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _write_json(content: Mapping[str, Any], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -160,18 +161,26 @@ def _open_clip(where: str) -> Pretrained:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag not in tags:
         raise ClipscaleError(f"open_clip has no weights {tag!r} of {name}; choose from {', '.join(tags) or 'none'}")
+    logging.disable(logging.ERROR)  # open_clip logs what it then raises
     try:
         model = open_clip.create_model(name, pretrained=tag)
     except Exception as error:
         raise _unavailable(error) from None
+    finally:
+        logging.disable(logging.NOTSET)
     images = model.visual.preprocess_cfg
-    quick = any(type(module).__name__ == "QuickGELU" for module in model.modules())
-    told = {
-        "activation": _activation("quick_gelu" if quick else "gelu"),
-        "mean": list(images["mean"]),
-        "std": list(images["std"]),
-    }
+    told = {"activation": activation_of(name, tag), "mean": list(images["mean"]), "std": list(images["std"])}
     return Pretrained(where, from_open_clip(model.state_dict()), told)
+
+
+def activation_of(name: str, tag: str) -> str:
+    """What open_clip's weights ``tag`` of the model ``name`` were trained with.
+
+    The tag tells it: open_clip also puts OpenAI's weights into its model of another activation, with a warning.
+    """
+    from open_clip import get_pretrained_cfg
+
+    return _activation("quick_gelu" if get_pretrained_cfg(name, tag).get("quick_gelu") else "gelu")
 
 
 def _download(name: str) -> Path:

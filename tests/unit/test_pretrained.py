@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from clipscale.checkpoint.interop import from_hf, from_open_clip
-from clipscale.checkpoint.pretrained import load_pretrained, read_pretrained
+from clipscale.checkpoint.pretrained import activation_of, load_pretrained, read_pretrained
 from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP, build_model
 from tests.peers import hf_model, small
@@ -142,3 +142,9 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
             read_pretrained(str(where))
         assert message in str(caught.value), where
         assert "\n" not in str(caught.value) and str(where) in str(caught.value)
+
+
+def test_open_clips_tags_tell_the_activation() -> None:
+    assert activation_of("ViT-B-32", "openai") == "quickgelu", "though the model of this name is not"
+    assert activation_of("ViT-B-32-quickgelu", "laion400m_e32") == "quickgelu"
+    assert activation_of("ViT-B-32", "laion2b_s34b_b79k") == "gelu"
