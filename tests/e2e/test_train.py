@@ -278,6 +278,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "docs/inspecting.md",
         "docs/loss.md",
         "docs/models.md",
+        "docs/weights.md",
     ],
 )
 def test_the_examples_run(demo: Path, page: str) -> None:
