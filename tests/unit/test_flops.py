@@ -101,7 +101,7 @@ def counted(config: Model, train: bool, wrap: Callable[[CLIP], None] = lambda mo
     wrap(model)
     with FlopCounterMode(display=False) as counter:
         images, *captions = inputs(config, batch, "meta")
-        features = model.visual(images), model.text(*captions, config.context_length)
+        features = model.visual(images), model.text(*captions)
         if train:
             sum(one.sum() for one in features).backward()
     return counter.get_total_flops() / batch
@@ -168,8 +168,7 @@ def _kept(model: CLIP, images: torch.Tensor, ids: torch.Tensor, lengths: torch.T
         return tensor
 
     sizes = {}
-    longest = len(ids) // len(lengths)
-    towers = {"vision": lambda: model.visual(images), "text": lambda: model.text(ids, lengths, longest)}
+    towers = {"vision": lambda: model.visual(images), "text": lambda: model.text(ids, lengths)}
     for name, tower in towers.items():
         storages.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
