@@ -55,6 +55,18 @@ def eval_command(
     evaluate(run, overrides or [], device, as_json)
 
 
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="A run directory or one of its checkpoints.")],
+    to: Annotated[str, typer.Option(help="open_clip, hf or safetensors.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; it must be new or empty.")],
+) -> None:
+    """Write what a run trained as a directory that another library loads, with a model card."""
+    from clipscale.apps.export import export
+
+    export(run, to, out)
+
+
 @app.command("version")
 def version_command() -> None:
     """Print the version."""

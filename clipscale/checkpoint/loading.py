@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from clipscale.checkpoint.checkpointer import finished_checkpoints, read_tensors
 from clipscale.config import Config, load_config
@@ -15,6 +16,8 @@ from clipscale.data.samples import preprocess
 from clipscale.data.tokenizer import Tokenizer, build_tokenizer
 from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP, build_model
+
+EXPORTED = "model.safetensors"  # beside config.yaml: weights under our own names
 
 
 def load(
@@ -27,28 +30,41 @@ def load(
 
     Raises ClipscaleError when there is no finished checkpoint.
     """
-    path, config = find_checkpoint(Path(run_or_checkpoint))
-    model = build_model(config.model, seed=config.seed, logit_bias=config.loss.first_bias)
-    averaged = config.ema.decay is not None
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
-    if averaged:
-        read_tensors(path, {"ema": weights, "model": buffers})
-    else:
-        read_tensors(path, {"model": weights | buffers})
+    model, config = load_model(run_or_checkpoint)
     model.eval().to(device)
     tokenizer = build_tokenizer(config.tokenizer, config.model)
     vision = config.model.vision
     return model, partial(preprocess, size=vision.image_size, mode=vision.resize_mode), tokenizer
 
 
+def load_model(run_or_checkpoint: str | Path) -> tuple[CLIP, Config]:
+    """What a run trained, on the CPU, and its configuration; else as :func:`load`."""
+    path, config = find_checkpoint(Path(run_or_checkpoint))
+    model = build_model(config.model, seed=config.seed, logit_bias=config.loss.first_bias)
+    if (path / EXPORTED).exists():
+        model.load_state_dict(load_file(path / EXPORTED))
+        return model, config
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+    if config.ema.decay is not None:
+        read_tensors(path, {"ema": weights, "model": buffers})
+    else:
+        read_tensors(path, {"model": weights | buffers})
+    return model, config
+
+
 def find_checkpoint(path: Path) -> tuple[Path, Config]:
-    """A checkpoint and the configuration of its run, from a run directory or a checkpoint directory."""
+    """A checkpoint and the configuration of its run, from a run directory or a checkpoint directory.
+
+    What `clipscale export --to safetensors` wrote is both.
+    """
     run = path if (path / "config.yaml").exists() else path.parent.parent
     if not (run / "config.yaml").exists():
         raise ClipscaleError(
             f"{path} is neither a run directory nor a checkpoint: {run / 'config.yaml'} does not exist"
         )
+    if run == path and (path / EXPORTED).exists():
+        return path, load_config(path / "config.yaml")
     found = [path] if run != path else finished_checkpoints(run / "checkpoints")
     if not found or not (found[0] / "manifest.json").exists():
         raise ClipscaleError(f"{path} has no finished checkpoint yet; train it first: clipscale train")

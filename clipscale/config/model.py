@@ -1,4 +1,4 @@
-"""``model``: the two towers and the space they share."""
+"""``model`` and ``init``: the two towers, the space they share, and what they start from."""
 
 from __future__ import annotations
 
@@ -82,6 +82,16 @@ class Model:
     """Per-channel mean that is taken from images in [0, 1]; the default is OpenAI's."""
     std: list[float] = fixed([0.26862954, 0.26130258, 0.27577711])
     """Per-channel standard deviation of images in [0, 1]; the default is OpenAI's."""
+
+
+@dataclass
+class Init:
+    """What a run starts from."""
+
+    weights: str | None = fixed(None)
+    """Weights that a new run starts from: `open_clip:NAME/TAG`, `hf:ORGANISATION/NAME`, or a path to a run, a
+    checkpoint, an exported directory, or a `.safetensors` or `.pt` file; null draws them from the seed. Not read again
+    when the run is resumed."""
 
 
 def model_summary(model: Any) -> str:

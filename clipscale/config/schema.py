@@ -7,7 +7,7 @@ from enum import Enum
 
 from clipscale.config.data import Data, Storage, Tokenizer
 from clipscale.config.fields import event, fixed, free, group
-from clipscale.config.model import Model
+from clipscale.config.model import Init, Model
 from clipscale.config.optim import Ema, Loss, Optim, Precision, Schedule
 from clipscale.config.running import Checkpoint, Cluster, Distributed, Eval, Parallel, Tracking
 
@@ -37,6 +37,7 @@ class Config:
     total_samples: int = free(1_000_000)
     """Pairs to train on, rounded up to whole batches; may be raised on resume."""
     model: Model = group(Model)
+    init: Init = group(Init)
     data: Data = group(Data)
     storage: Storage = group(Storage)
     tokenizer: Tokenizer = group(Tokenizer)

@@ -37,8 +37,8 @@ class Tokenizer:
     def __init__(self, name: str, context_length: int) -> None:
         self.name, self.context_length = name, context_length
         self._impl = _load(name, context_length)
-        self._is_bpe = hasattr(self._impl, "sot_token_id")
-        if self._is_bpe:
+        self.is_bpe = hasattr(self._impl, "sot_token_id")
+        if self.is_bpe:
             self.eot_id, self.vocab_size = int(self._impl.eot_token_id), int(self._impl.vocab_size)
         else:
             inner = self._impl.tokenizer
@@ -50,7 +50,7 @@ class Tokenizer:
 
     def encode(self, caption: str) -> tuple[NDArray[np.int32], bool]:
         """Token ids Int32[length] without padding, and whether the caption was cut to the context length."""
-        if self._is_bpe:
+        if self.is_bpe:
             ids = [self._impl.sot_token_id, *self._bpe(caption), self.eot_id]
         else:
             ids = list(self._impl.tokenizer(self._clean(caption))["input_ids"])
@@ -93,6 +93,12 @@ class Tokenizer:
             ids, _ = self.encode(caption)
             row[: len(ids)] = torch.from_numpy(ids)
         return out
+
+
+def byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The ids of CLIP's tokens, of which the last two start and end a caption, and its merges in their order."""
+    impl = _load("clip", 77)
+    return dict(impl.encoder), list(impl.bpe_ranks)
 
 
 def build_tokenizer(config: TokenizerConfig, model: Model) -> Tokenizer:

@@ -42,7 +42,7 @@ class EvalContext:
 
         def encode(start: int, stop: int) -> tuple[torch.Tensor, None]:
             ids, lengths = pack([self.tokenizer.encode(caption)[0] for caption in captions[start:stop]])
-            return self.model.encode_text(ids.to(self.device), lengths.to(self.device), normalize=True), None
+            return self.model.encode_text(ids.to(self.device), lengths, normalize=True), None
 
         return self._deal(len(captions), encode)[0]
 

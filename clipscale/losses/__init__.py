@@ -1,19 +1,17 @@
 """Contrastive losses over the global batch: the true value on every rank, and gradients whose mean is the true one."""
 
-from collections.abc import Callable
-from typing import Any
+from __future__ import annotations
 
-from clipscale.losses.clip import clip_loss
-from clipscale.losses.distill import Teacher, distill_loss
-from clipscale.losses.globalbatch import PairIds, duplicate_fraction
-from clipscale.losses.siglip import siglip_loss
-from clipscale.losses.stats import LossStats
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# name -> loss(image, text, logit_scale, logit_bias, **options); a loss without a bias ignores it.
-LOSSES: dict[str, Callable[..., Any]] = {
-    "clip": lambda image, text, scale, bias, **options: clip_loss(image, text, scale, **options),
-    "siglip": siglip_loss,
-}
+if TYPE_CHECKING:
+    from clipscale.losses.clip import clip_loss
+    from clipscale.losses.distill import Teacher, distill_loss
+    from clipscale.losses.globalbatch import PairIds, duplicate_fraction
+    from clipscale.losses.registry import LOSSES
+    from clipscale.losses.siglip import siglip_loss
+    from clipscale.losses.stats import LossStats
 
 __all__ = [
     "LOSSES",
@@ -25,3 +23,21 @@ __all__ = [
     "duplicate_fraction",
     "siglip_loss",
 ]
+
+_HOMES = {
+    "LOSSES": "registry",
+    "LossStats": "stats",
+    "PairIds": "globalbatch",
+    "Teacher": "distill",
+    "clip_loss": "clip",
+    "distill_loss": "distill",
+    "duplicate_fraction": "globalbatch",
+    "siglip_loss": "siglip",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # clipscale.losses.memory must not pay for importing torch, so the losses are looked up on first use.
+    if name in _HOMES:
+        return getattr(import_module(f"clipscale.losses.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'clipscale.losses' has no attribute {name!r}")

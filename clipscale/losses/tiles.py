@@ -10,10 +10,8 @@ import torch
 
 from clipscale.distributed.collectives import largest
 from clipscale.losses.globalbatch import GlobalBatch, Hidden
+from clipscale.losses.memory import CPU_TILE, CUDA_TILE
 
-# Rows and columns: on a CPU, large enough for the multiplications' full speed and small enough for its caches.
-CPU_TILE = (1024, 4096)
-CUDA_TILE = (4096, 16384)
 Tile = tuple[slice, slice]
 TileShape = str | int | tuple[int, int]
 

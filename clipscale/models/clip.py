@@ -13,6 +13,7 @@ from torch import nn
 from clipscale.config import load_group
 from clipscale.config.model import Model
 from clipscale.models.init import initialize
+from clipscale.models.packing import Packing
 from clipscale.models.text import TextTower
 from clipscale.models.vision import VisionTower
 
@@ -71,8 +72,7 @@ class CLIP(nn.Module):
         self,
         images: torch.Tensor,
         text_ids: torch.Tensor,
-        text_lengths: torch.Tensor,
-        longest: int | None = None,
+        text_lengths: torch.Tensor | Packing,
         after_text: Callable[[torch.Tensor, torch.Tensor], object] | None = None,
     ) -> Features:
         """Features of a batch of B pairs: ``images`` as VisionTower takes them, captions packed as TextTower does.
@@ -80,7 +80,7 @@ class CLIP(nn.Module):
         Captions beyond the first B belong to no image. ``after_text`` is called with ``text`` and ``extra_text`` before
         the image tower begins.
         """
-        text, extra_text = _normalize(self.text(text_ids, text_lengths, longest)).tensor_split([len(images)])
+        text, extra_text = _normalize(self.text(text_ids, text_lengths)).tensor_split([len(images)])
         if after_text is not None:
             after_text(text, extra_text)
         image = _normalize(self.visual(images))
@@ -91,24 +91,18 @@ class CLIP(nn.Module):
         features = self.visual(images)
         return _normalize(features) if normalize else features
 
-    def encode_text(
-        self,
-        text: Any,
-        lengths: torch.Tensor | None = None,
-        normalize: bool = False,
-        longest: int | None = None,
-    ) -> torch.Tensor:
+    def encode_text(self, text: Any, lengths: torch.Tensor | None = None, normalize: bool = False) -> torch.Tensor:
         """Float[B, D] of captions.
 
-        ``text`` is padded ids Int64[B, L] as the tokenizer gives them, or packed ids Int[T] with ``lengths`` Int[B],
-        or a loader's ``Batch``; ``longest`` as TextTower takes it. Raises ValueError for a caption without an end, or
-        longer than the context.
+        ``text`` is padded ids Int64[B, L] as the tokenizer gives them, or packed ids Int[T] with ``lengths`` Int[B]
+        (on the host, where the device must not be waited for), or a loader's ``Batch``. Raises ValueError for a caption
+        without an end, or longer than the context.
         """
         if hasattr(text, "text_ids"):
             text, lengths = text.text_ids, text.text_lengths
         if lengths is None:
             text, lengths = self.text.pack(text)
-        features = self.text(text, lengths, longest)
+        features = self.text(text, lengths)
         return _normalize(features) if normalize else features
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from clipscale.config.model import Activation, Model
 from clipscale.errors import ConfigError
+from clipscale.models.vit import compute_what_counts
 
 
 class VisionTower(nn.Module):
@@ -27,6 +28,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.image_size = config.vision.image_size
         self.trunk = _build_trunk(config)
+        compute_what_counts(self.trunk)
         # CLIP's ResNets project inside their attention pool, its ViTs with a bias-free matrix after the last norm.
         self.proj: nn.Module = nn.Identity()
         if not isinstance(getattr(self.trunk, "head", None), AttentionPool2d):

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from clipscale.checkpoint.pretrained import load_pretrained, read_pretrained
 from clipscale.config import Config
 from clipscale.config.data import Builtin, Data
 from clipscale.config.optim import MaskDuplicates
@@ -211,6 +212,14 @@ def build_loader(
         workers=data.workers,
         pin_memory=runtime.device.type == "cuda",
     )
+
+
+def start_from(model: CLIP, weights: str, runtime: Runtime) -> None:
+    """Load what ``init.weights`` names into a model that is not laid out over ranks yet; one rank a node downloads it.
+
+    Raises ClipscaleError when it cannot be had, or is not of this model.
+    """
+    load_pretrained(model, once_per_node(runtime, lambda: read_pretrained(weights)))
 
 
 def eval_context(config: Config, model: CLIP, tokenizer: Tokenizer, device: torch.device) -> EvalContext:

@@ -96,11 +96,12 @@ class TrainStep:
         if batch.negative_ids is not None and batch.negative_lengths is not None:
             ids = torch.cat([ids, batch.negative_ids])
             lengths = torch.cat([lengths, batch.negative_lengths[batch.negative_lengths > 0]])
-        inputs = [tensor.to(device, non_blocking=True) for tensor in (batch.images, ids, lengths)]
+        images, ids = (tensor.to(device, non_blocking=True) for tensor in (batch.images, ids))
         # A context for each pass: the casts that autocast keeps from one without a graph have none.
         with towers_autocast(self.config.precision.name, device):
+            packing, begin = self.model.text.packing(lengths), ahead.begin if ahead else None
             # A method: FSDP hands on copies of dataclasses where it casts inputs, and a copy's gathering would be lost.
-            features = self.laid_out.module(*inputs, int(lengths.max()), ahead.begin if ahead else None)
+            features = self.laid_out.module(images, ids, packing, begin)
         return features._replace(extra_text=extra_rows(features.extra_text, batch))
 
     def grad_norm(self) -> float:

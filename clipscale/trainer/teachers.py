@@ -85,10 +85,10 @@ def ask_teacher(model: CLIP, parts: Sequence[Batch], device: torch.device, preci
     with towers_autocast(precision, device):
         for part in parts:
             pixels = resize_pixels(part.images.to(device, non_blocking=True), model.config.vision.image_size)
-            ids, lengths = (x.to(device, non_blocking=True) for x in (part.text_ids, part.text_lengths))
-            longest = int(part.text_lengths.max())  # known here: asking the device would wait for it
+            ids = part.text_ids.to(device, non_blocking=True)
             images.append(model.encode_image(pixels, normalize=True))
-            texts.append(model.encode_text(ids, lengths, normalize=True, longest=longest))
+            # Lengths stay here: asking the device for them would wait for it.
+            texts.append(model.encode_text(ids, part.text_lengths, normalize=True))
     return Teacher(torch.cat(images), torch.cat(texts), model.logit_scale.detach().exp())
 
 

@@ -40,6 +40,7 @@ from clipscale.trainer.build import (
     once_per_node,
     place_data,
     run_path,
+    start_from,
 )
 from clipscale.trainer.objective import build_objective
 from clipscale.trainer.step import TrainStep
@@ -68,6 +69,9 @@ class Trainer:
             logit_scale=config.loss.init_logit_scale,
             logit_bias=config.loss.first_bias,
         )
+        self.starts_from = config.init.weights if newest is None else None
+        if self.starts_from is not None:
+            start_from(model, self.starts_from, runtime)
         laid_out = parallelize(model, config.parallel, runtime.device)
         self.model = laid_out.model
         optimizer = build_optimizer(self.model, config.optim)
@@ -351,6 +355,7 @@ class Trainer:
         )
         say = sinks.console.say
         start = f"resuming at {saved.samples_seen:,}" if saved.samples_seen else "starting"
+        start += f" from {self.starts_from}," if self.starts_from else ""
         parameters = sum(p.numel() for p in self.model.parameters())
         parts = f", {self.step.microbatches} microbatches on each process" if self.step.microbatches > 1 else ""
         say(f"{self.path}: {start} of {config.total_samples:,} samples in batches of {config.global_batch_size}{parts}")

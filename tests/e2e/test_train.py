@@ -280,6 +280,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "docs/curating.md",
         "docs/inspecting.md",
         "docs/loss.md",
+        "docs/models.md",
+        "docs/weights.md",
     ],
 )
 def test_the_examples_run(demo: Path, page: str) -> None:

@@ -24,6 +24,7 @@ from clipscale.trainer.step import TrainStep
 from tests.distributed import test_cached as microbatches
 from tests.distributed import test_overlap as overlap
 from tests.distributed.test_parallel import advance, make_batch, small
+from tests.towers import draw_captions
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,6 +67,41 @@ def test_losses_equal_the_cpus(name: str) -> None:
 def test_microbatches_equal_the_whole_batch(name: str, bound: float) -> None:
     cached, whole = (microbatches.in_precision(name, count, "cuda") for count in (4, 1))
     microbatches.assert_equal([cached], [whole], 10 * bound)  # other kernels for other shapes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packed_text_equals_the_cpus(dtype: torch.dtype) -> None:
+    """In half precision by FlashAttention, without any padding; in fp32 by groups."""
+    ids, lengths = draw_captions([17, 9, 31, 2, 12, 32, 12, 24, 16, 8, 25], 60)
+    here, there = (build_model(small("vit")).text for _ in range(2))
+    there.cuda()
+    truth = here(ids, lengths)
+    with torch.autocast("cuda", dtype, enabled=dtype is not torch.float32):
+        packing = there.packing(lengths)
+        found = there(ids.cuda(), packing).float()
+    assert packing.exact == (dtype is not torch.float32)
+    bound = 1e-5 if dtype is torch.float32 else 2e-2
+    assert (found.cpu() - truth).norm() <= bound * truth.norm()
+    (found * found.detach().cos()).sum().backward()
+    (truth * truth.detach().cos()).sum().backward()
+    scale = max(p.grad.norm() for p in here.parameters())
+    for (name, one), other in zip(here.named_parameters(), there.parameters(), strict=True):
+        error = (other.grad.cpu() - one.grad).norm()
+        assert error <= 3 * bound * max(one.grad.norm(), 0.1 * scale), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_text_waits_for_no_device(dtype: torch.dtype) -> None:
+    ids, lengths = draw_captions([17, 9, 31, 2], 60)
+    tower = build_model(small("vit")).text.cuda()
+    there = ids.cuda()
+    tower(there, lengths)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", dtype, enabled=dtype is not torch.float32):
+            tower(there, tower.packing(lengths)).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_repeated_pass_draws_as_the_first_one() -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: the loader's on a few small pictures, the losses' on a few pairs."""
+"""The benchmarks measure what they say: the loader's on a few small pictures, the others on a few pairs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import loss, loss_modes
+from benchmarks import loss, loss_modes, towers
 from benchmarks.loader_shards import ImageSet, make_shards
 from benchmarks.loader_side import Job, measure, rates
 from benchmarks.loss_sides import errors, peak_bytes, sides
+from clipscale.config import load_group
+from clipscale.config.model import Model
+from clipscale.models import build_model
 
 TINY = ImageSet("tiny", 64, 48, 3000, 24, 2)
 
@@ -74,3 +77,11 @@ def test_the_modes_are_held_against_the_truth(pool2: Any, capsys: pytest.Capture
         assert not row["mode"].startswith("clipscale") or found == pytest.approx([1, 1, 1], abs=1e-9)
     loss_modes.show(rows)
     assert capsys.readouterr().out.count("clipscale") == 4
+
+
+def test_the_towers_are_of_the_same_sizes() -> None:
+    config = load_group("model", "tiny", Model)
+    ours = sum(p.numel() for p in build_model(config).parameters())
+    assert sum(p.numel() for p in towers.peer(config).parameters()) == ours
+    assert towers.draw_lengths(10_000, 77).float().mean() == pytest.approx(17, abs=0.5)
+    assert [row["tower"] for row in towers.measure(config, 4, rounds=1)] == ["text", "image"]

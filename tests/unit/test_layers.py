@@ -63,6 +63,14 @@ def test_config_and_help_import_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_what_a_model_costs_imports_no_torch() -> None:
+    code = (
+        "import sys, clipscale.losses.memory, clipscale.models.flops as flops; flops.render(); "
+        "sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_files_stay_short() -> None:
     for _, path in _modules():
         assert len(path.read_text().splitlines()) <= 420, path

@@ -127,6 +127,10 @@ def test_wrong_text_is_refused(tiny: CLIP) -> None:
         tiny.encode_text(torch.zeros(1, 8, dtype=torch.int64))
     with pytest.raises(ValueError, match="40 tokens, the context length is 32"):
         tiny.encode_text(torch.zeros(40, dtype=torch.int32), torch.tensor([40]))
+    with pytest.raises(ValueError, match="no token"):
+        tiny.encode_text(torch.zeros(4, dtype=torch.int32), torch.tensor([4, 0]))
+    with pytest.raises(ValueError, match="5 tokens by their lengths, but there are 4"):
+        tiny.encode_text(torch.zeros(4, dtype=torch.int32), torch.tensor([3, 2]))
 
 
 def test_any_timm_architecture() -> None:

@@ -1,0 +1,154 @@
+"""``clipscale export``: what a run trained as a directory that another library loads, with a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clipscale import __version__
+from clipscale.checkpoint.checkpointer import MANIFEST, read_saved
+from clipscale.checkpoint.export import WRITERS
+from clipscale.checkpoint.loading import find_checkpoint, load_model
+from clipscale.config import Config
+from clipscale.config.data import Builtin
+from clipscale.config.model import model_summary
+from clipscale.config.rundir import read_result
+from clipscale.errors import ClipscaleError, ConfigError
+
+LIBRARY = {"open_clip": "open_clip", "hf": "transformers", "safetensors": "clipscale"}
+
+# Blocks that fill a directory with the name OUT stands for.
+LOADING = {
+    "open_clip": """\
+import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:OUT")
+tokenizer = open_clip.get_tokenizer("local-dir:OUT")
+model.eval()
+""",
+    "hf": """\
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+model = CLIPModel.from_pretrained("OUT").eval()
+preprocess = CLIPImageProcessor.from_pretrained("OUT")
+tokenizer = CLIPTokenizer.from_pretrained("OUT")
+""",
+    "safetensors": """\
+import clipscale
+
+model, preprocess, tokenizer = clipscale.load("OUT")
+""",
+}
+
+
+def export(run: Path, to: str, out: Path) -> None:
+    """Write a run or checkpoint to the directory ``out``: averaged weights where the run kept an average.
+
+    Raises ClipscaleError for a path that is no run, a format that there is not or that cannot hold this model, and a
+    directory that holds something.
+    """
+    if to not in WRITERS:
+        raise ConfigError(f"--to {to}: choose from {', '.join(WRITERS)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} holds something already; choose a new directory")
+    path, _ = find_checkpoint(run)
+    model, config = load_model(path)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        WRITERS[to](model, config, out)
+        (out / "README.md").write_text(model_card(path, config, to, out.resolve().name))
+    except OSError as error:
+        raise ClipscaleError(f"--out {out} cannot be written: {error.strerror}") from None
+    print(f"{out}: {config.model.name} for {LIBRARY[to]}; README.md says how to load it")
+
+
+def model_card(path: Path, config: Config, to: str, name: str) -> str:
+    """The model card of a checkpoint: what it is, its training, its numbers; no path, host or secret."""
+    title = config.name or config.model.name
+    averaged = "; the weights are their moving average" if config.ema.decay is not None else ""
+    return f"""\
+---
+library_name: {LIBRARY[to]}
+pipeline_tag: zero-shot-image-classification
+tags:
+- clip
+- clipscale
+---
+
+# {title}
+
+A dual encoder of images and texts, {model_summary(config.model)}, trained with clipscale {__version__}{averaged}.
+
+## How to load it
+
+```python
+{LOADING[to].replace("OUT", name)}```
+
+## Training
+
+{_table(_training(path, config), "setting", "value")}
+
+## Data
+
+{_data(config)}
+
+## Results
+
+{_results(path)}
+
+## Biases and limits
+
+To be written by who publishes this model:
+
+- What it was made for, and what it should not be used for.
+- Whom and what the training images and captions show, in which languages, and how they were filtered.
+- On which groups and subjects it was measured, and where it fails.
+- A model like this repeats the associations of its captions; do not let it decide about people.
+"""
+
+
+def _training(path: Path, config: Config) -> dict[str, Any]:
+    seen = read_saved(path).samples_seen if (path / MANIFEST).exists() else "not recorded"
+    return {
+        "samples seen": seen,
+        "global batch size": config.global_batch_size,
+        "loss": config.loss.name.value,
+        "optimizer": f"AdamW, lr {config.optim.lr}, weight decay {config.optim.weight_decay}, "
+        f"betas {config.optim.beta1} and {config.optim.beta2}",
+        "schedule": f"{config.schedule.name.value}, warmup over {config.schedule.warmup_samples} samples",
+        "precision": config.precision.name.value,
+        "activation": config.model.activation.value,
+        "image mean and std": f"{config.model.mean} and {config.model.std}",
+        "tokenizer": config.tokenizer.name,
+        "started from": "scratch" if config.init.weights is None else _start(config.init.weights),
+        "seed": config.seed,
+    }
+
+
+def _start(weights: str) -> str:
+    return weights if weights.startswith(("open_clip:", "hf:")) else "weights of an earlier model"
+
+
+def _data(config: Config) -> str:
+    data = config.data
+    if data.builtin is not Builtin.none:
+        return f"clipscale's built-in data `{data.builtin.value}`, made by a program."
+    sources = len(data.train.shards or []) if isinstance(data.train.shards, list) else 1
+    mixed = f", repeated {data.train.weights} times an epoch" if data.train.weights else ""
+    return (
+        f"Image-text pairs in {sources} source{'s' if sources > 1 else ''} of shards{mixed}; images cut at random to "
+        f"{data.crop_scale} of their area. To be named by who publishes this model."
+    )
+
+
+def _results(path: Path) -> str:
+    result = read_result(path.parent.parent) or {}
+    if not (path / MANIFEST).exists() or result.get("samples_seen") != read_saved(path).samples_seen:
+        return "None were recorded of these weights."  # the run went on from here
+    metrics = {key: f"{value:.4g}" for key, value in result.get("metrics", {}).items() if key.startswith("val/")}
+    return _table(metrics, "metric", "value") if metrics else "None were recorded of these weights."
+
+
+def _table(rows: dict[str, Any], left: str, right: str) -> str:
+    lines = [f"| {left} | {right} |", "|---|---|"]
+    return "\n".join(lines + [f"| {key} | {str(value).replace('|', ' ')} |" for key, value in rows.items()])

@@ -1,0 +1,193 @@
+"""What a model costs, from its configuration alone: parameters, FLOPs, and activations kept for the backward pass.
+
+Importing this imports no torch, so that planning is instant. A multiply-add counts as two FLOPs; norms, activations and
+softmax, which are not products, as none. ``python -m clipscale.models.flops`` prints the table of all options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from clipscale.config import config_dir, load_group
+from clipscale.config.model import Model
+from clipscale.config.optim import PrecisionName
+from clipscale.errors import ConfigError
+from clipscale.models.parts import Part, Tokens, text_parts, vision_parts
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers that are trained."""
+
+    vision: int
+    text: int
+    temperature: int
+
+    @property
+    def total(self) -> int:
+        return self.vision + self.text + self.temperature
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model is run.
+
+    ``lengths`` are the tokens of typical captions, start and end included, of which none is padded; None is captions
+    of the full context length. A batch that is padded to its longest caption costs what ``lengths=[longest]`` does.
+
+    ``pooled_last_block``: the last block of each tower computes queries, attention and MLP for the pooled token only,
+    and a ResNet's attention pool those of the mean only. The result is the same.
+
+    ``checkpointing`` is ``parallel.activation_checkpointing``: "none", "full", or a number k, the first k blocks of
+    each tower (or all that it has), which keep their input only and are computed again in the backward pass.
+    """
+
+    lengths: Sequence[int] | None = None
+    pooled_last_block: bool = False
+    checkpointing: str | int = "none"
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs per sample: of the ``vision`` and ``text`` towers' forward passes, and of what checkpointing repeats."""
+
+    vision: float
+    text: float
+    repeated: float
+
+    @property
+    def forward(self) -> float:
+        """Of both towers."""
+        return self.vision + self.text
+
+    @property
+    def training(self) -> float:
+        """That a step needs, three times the forward pass: the figure for model FLOPs utilisation (MFU).
+
+        A backward pass has two products for each of the forward pass. Strictly, the first layer has one, as images
+        need no gradient, which makes 0.5 % for ViT-B/32, 1.9 % for `tiny`.
+        """
+        return 3 * self.forward
+
+    @property
+    def executed(self) -> float:
+        """That a step does, repeated ones included: the figure for hardware utilisation (HFU)."""
+        return self.training + self.repeated
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes per sample that are kept from the forward to the backward pass, by tower.
+
+    ``live`` are those of the largest checkpointed block, which the backward pass computes anew, one block at a time.
+    """
+
+    vision: float
+    text: float
+    live: float
+
+    @property
+    def total(self) -> float:
+        """At the peak."""
+        return self.vision + self.text + self.live
+
+
+def parameters(model: Model, *, logit_bias: bool = False) -> Parameters:
+    """Exactly those of ``build_model(model)``; ``logit_bias``: with the sigmoid loss's bias.
+
+    Raises ConfigError for an image tower whose cost is not known, as all functions here do.
+    """
+    vision, text = _towers(model, Execution())
+    counts = [sum(part.parameters for part in tower) for tower in (vision, text)]
+    return Parameters(counts[0], counts[1], 2 if logit_bias else 1)
+
+
+def flops(model: Model, execution: Execution = Execution()) -> Flops:
+    """FLOPs of one sample, as open_clip's profile has them (its docs/model_profile.csv) and torch's counter counts.
+
+    Of a transformer block of width d with n tokens and MLP width rd, these are 2nd²(4 + 2r) + 4n²d: attention counts
+    in full where it is causal, as is usual.
+    """
+    towers = _towers(model, execution)
+    vision, text = (sum(part.flops for part in tower) for tower in towers)
+    repeated = sum(part.flops - part.unrepeated for tower in towers for part in _checkpointed(tower, execution))
+    return Flops(vision, text, repeated)
+
+
+def activations(
+    model: Model,
+    execution: Execution = Execution(),
+    precision: PrecisionName = PrecisionName.fp32,
+) -> Activations:
+    """Bytes that autograd keeps for one sample between the passes.
+
+    Per block of a transformer with width d, MLP width rd: nd(8 + 2r) numbers of fp32, or under autocast 2nd of 32 and
+    nd(6 + 2r) of 16 bits (quick-GELU rd more), and a few per token; checkpointed, nd of 32.
+
+    Not in it, because they do not grow with the batch: parameters, their half-precision copies under autocast (2 bytes
+    each), and BatchNorm's statistics, which over several ranks keep more (``clipscale.parallel``). Counted on CPUs;
+    attention is the fused one, as on GPUs.
+    """
+    kept, live = [], 0.0
+    for tower in _towers(model, execution):
+        again = _checkpointed(tower, execution)
+        size = sum(_bytes(part, precision) for part in tower)
+        size += sum(_entry(part, precision) - _bytes(part, precision) for part in again)
+        kept.append(size)
+        live = max([live, *(_bytes(part, precision) - _entry(part, precision) for part in again)])
+    return Activations(kept[0], kept[1], live)
+
+
+def render() -> str:
+    """Markdown: a row for every option of ``model``, each at its own image size and full context length."""
+    lines = [
+        "| `model=` | parameters, M: vision | text | all | GFLOPs forward: vision | text | GFLOPs training "
+        "| MiB per sample: fp32 | amp_bf16 | amp_bf16, checkpointed |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for option in sorted(file.stem for file in (config_dir() / "model").glob("*.yaml")):
+        model: Model = load_group("model", option, Model)
+        count, cost = parameters(model), flops(model)
+        memory = [
+            activations(model, Execution(checkpointing=checkpointing), precision).total / MIB
+            for precision, checkpointing in (
+                (PrecisionName.fp32, "none"), (PrecisionName.amp_bf16, "none"), (PrecisionName.amp_bf16, "full"),
+            )
+        ]  # fmt: skip
+        millions = [f"{number / 1e6:.2f}" for number in (count.vision, count.text, count.total)]
+        billions = [f"{number / 1e9:.2f}" for number in (cost.vision, cost.text, cost.training)]
+        lines.append(" | ".join([f"| `{option}`", *millions, *billions, *(f"{size:.1f}" for size in memory)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _towers(model: Model, execution: Execution) -> tuple[list[Part], list[Part]]:
+    most, lengths = model.context_length, execution.lengths or [model.context_length]
+    if not all(0 < length <= most for length in lengths):
+        raise ConfigError(f"captions of {min(lengths)} to {max(lengths)} tokens do not fit model.context_length={most}")
+    pooled = execution.pooled_last_block
+    return vision_parts(model, pooled), text_parts(model, Tokens.of(lengths), pooled)
+
+
+def _checkpointed(tower: list[Part], execution: Execution) -> list[Part]:
+    blocks, asked = [part for part in tower if part.entry is not None], execution.checkpointing
+    if asked in ("none", "full"):
+        return blocks if asked == "full" else []
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 0:
+        raise ConfigError(f"parallel.activation_checkpointing={asked} must be none, full or a number of blocks")
+    return blocks[:asked]
+
+
+def _bytes(part: Part, precision: PrecisionName) -> float:
+    return part.kept.fp32 if precision is PrecisionName.fp32 else part.kept.amp
+
+
+def _entry(part: Part, precision: PrecisionName) -> float:
+    assert part.entry is not None
+    return part.entry.fp32 if precision is PrecisionName.fp32 else part.entry.amp
+
+
+if __name__ == "__main__":
+    print(render(), end="")

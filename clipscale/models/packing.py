@@ -1,0 +1,137 @@
+"""Captions without padding: where their tokens lie, and attention within each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+MOST_GROUPS = 10
+STEP = 8  # tokens; lengths are rounded up to a multiple of it, so that few groups hold all captions
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How B captions lie in one tensor of T tokens: sorted by length, those of a group equally long.
+
+    A group is padded to its longest caption, with tokens that no later one asks for: attention is causal, and captions
+    are pooled at their last token. It is made from lengths on the host, so nothing waits for the device.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    """``(captions, tokens each)`` of every group, in order."""
+    real: int
+    """Tokens of all captions, padding not counted."""
+    exact: bool
+    """Whether there is no padding at all."""
+    tokens: torch.Tensor
+    """Int[T], which of the captions' ids, laid end to end, stands at each place."""
+    positions: torch.Tensor
+    """Int[T], the place of each token in its caption."""
+    ends: torch.Tensor
+    """Int[B], where each caption's last token lies."""
+    lengths: torch.Tensor
+    """Int[B], the captions' own lengths, in the order in which they lie."""
+    places: torch.Tensor
+    """Int[B], which of the captions as they lie is the first, the second, … that was given."""
+    bounds: torch.Tensor
+    """Int32[B + 1], where each caption begins, and the last one's end."""
+
+    @staticmethod
+    def of(lengths: torch.Tensor, device: torch.device, *, exact: bool = False) -> Packing:
+        """Pack captions of ``lengths`` Int[B], each at least 1; ``exact`` has as many groups as there are lengths."""
+        lengths = lengths.cpu().long()
+        longest = int(lengths.max()) if len(lengths) else 1
+        step = 1 if exact else STEP * -(-longest // (STEP * MOST_GROUPS))
+        rounded = (-(-lengths // step) * step).clamp(max=longest)
+        order = rounded.argsort(stable=True)
+        begins, lengths, rounded = (lengths.cumsum(0) - lengths)[order], lengths[order], rounded[order]
+        bounds = F.pad(rounded.cumsum(0), (1, 0))
+        positions = torch.arange(int(bounds[-1])) - bounds[:-1].repeat_interleave(rounded)
+        # Padding repeats the last token: any that exists will do.
+        tokens = begins.repeat_interleave(rounded) + positions.minimum((lengths - 1).repeat_interleave(rounded))
+        sizes, counts = rounded.unique_consecutive(return_counts=True)
+        groups = tuple(zip(counts.tolist(), sizes.tolist(), strict=True)) or ((0, 1),)
+        ends = bounds[:-1] + lengths - 1
+        made = _to(device, [tokens, positions, ends, lengths, order.argsort(), bounds.int()])
+        return Packing(groups, int(lengths.sum()), exact, *made)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest caption."""
+        return self.groups[-1][1]
+
+    def split(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Views of Float[T, …], one per group: Float[captions, tokens each, …]."""
+        parts = x.split([count * size for count, size in self.groups])
+        return (part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True))
+
+
+def _to(device: torch.device, tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Ship small tensors without waiting for the device."""
+    if device.type != "cuda":
+        return iter(tensors)
+    return (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
+
+
+def attend(qkv: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Causal attention of every caption to itself: Float[T, 3, heads, E] to Float[T, heads, E]."""
+    if has_kernel(qkv.device, qkv.dtype, qkv.shape[-1]):
+        bounds, longest = packing.bounds, packing.longest
+        q, k, v = qkv.unbind(1)
+        return _varlen(q, k, v, (bounds, bounds), (longest, longest), causal=True)
+    found = []
+    for part in packing.split(qkv):
+        q, k, v = part.permute(2, 0, 3, 1, 4)
+        found.append(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1))
+    return torch.cat(found)
+
+
+def attend_from_ends(q: torch.Tensor, kv: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Attention of every caption's last token to the caption: Float[B, heads, E] and Float[T, 2, heads, E] to
+    Float[B, heads, E]."""
+    if packing.exact and has_kernel(q.device, q.dtype, q.shape[-1]):
+        each = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+        k, v = kv.unbind(1)
+        return _varlen(q, k, v, (each, packing.bounds), (1, packing.longest), causal=False)
+    found = []
+    counts = [count for count, _ in packing.groups]
+    for mine, part, lengths in zip(q.split(counts), packing.split(kv), packing.lengths.split(counts), strict=True):
+        k, v = part.permute(2, 0, 3, 1, 4)
+        # Here nothing is causal, so the group's padding has to be hidden.
+        real = torch.arange(part.shape[1], device=q.device) < lengths[:, None]
+        found.append(F.scaled_dot_product_attention(mine[:, :, None], k, v, attn_mask=real[:, None, None]).squeeze(2))
+    return torch.cat(found)
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Whether FlashAttention takes captions of any lengths at once, so that no padding is needed."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and head_width % 8 == 0
+        and head_width <= 256
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+# The oldest supported torch says `is_causal=True`, the newest `window_size=(-1, 0)`.
+_HAS_WINDOW = "window_size" in inspect.signature(varlen_attn).parameters
+
+
+def _varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
+    *,
+    causal: bool,
+) -> torch.Tensor:
+    options: dict[str, object] = {"window_size": (-1, 0 if causal else -1)} if _HAS_WINDOW else {"is_causal": causal}
+    return varlen_attn(q, k, v, *bounds, *longest, **options)  # type: ignore[arg-type,return-value]

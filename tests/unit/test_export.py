@@ -1,0 +1,141 @@
+"""``clipscale export``: what another library loads gives the same features on the same picture and caption."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+import clipscale
+from clipscale.apps.export import export
+from clipscale.checkpoint import Checkpointer, Saved
+from clipscale.checkpoint.loading import load_model
+from clipscale.config import compose, save_config
+from clipscale.config.rundir import write_result
+from clipscale.errors import ClipscaleError
+from clipscale.models import build_model
+from tests.peers import scramble
+
+CAPTIONS = ["A red circle, and 2 blue stars!", "don't  look", "naïve café"]
+SMALL_TEXT = ["model.embed_dim=64", "model.context_length=24", "model.text.width=64", "model.text.layers=2"]
+
+
+def make_run(place: Path, *overrides: str) -> Path:
+    """A run that stopped after one save, whose average differs from its weights."""
+    config, _ = compose([*overrides, "name=mine", "data.root=/secret/place"])
+    model = build_model(config.model, logit_bias=config.loss.first_bias)
+    scramble(model)
+    average = {name: p.detach() + 0.01 for name, p in model.named_parameters()} if config.ema.decay else {}
+    run = place / "run"
+    run.mkdir(parents=True)
+    save_config(config, run / "config.yaml")
+    saved = Saved(samples_seen=512, step=4)
+    Checkpointer(run / "checkpoints", 1).save(model, torch.optim.AdamW(model.parameters()), average, saved)
+    write_result(run, "done", 0, samples_seen=512, metrics={"val/loss": 1.25, "train/loss": 9.0})
+    return run
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """Of the model's height: where nothing is resized, every library's preparation gives the same pixels."""
+    noise = torch.randint(0, 256, (40, 56, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Image.fromarray(noise.numpy()).resize((90, 64))
+
+
+def ours(run: Path, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+    model, preprocess, tokenizer = clipscale.load(run)
+    with torch.no_grad():
+        image = model.encode_image(preprocess(picture)[None], normalize=True)
+        return image, model.encode_text(tokenizer(CAPTIONS), normalize=True)
+
+
+def assert_close(image: torch.Tensor, text: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    torch.testing.assert_close(image, expected[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(text, expected[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=tiny_quickgelu", "ema.decay=0.9"],
+        ["model=tiny", "loss=siglip", "model.mean=[0.5,0.5,0.5]"],
+        ["model=rn50", "model.vision.image_size=64", *SMALL_TEXT],
+        ["model=convnext_base", "model.vision.timm=convnext_atto", "model.vision.image_size=64", *SMALL_TEXT],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+@torch.no_grad()
+def test_open_clip_loads_it(overrides: list[str], picture: Image.Image, tmp_path: Path) -> None:
+    run, out = make_run(tmp_path, *overrides), tmp_path / "out"
+    export(run, "open_clip", out)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
+    model.eval()
+    kept, _ = load_model(run)
+    assert torch.equal(model.logit_scale, kept.logit_scale[0])
+    if kept.temperature.logit_bias is not None:
+        assert torch.equal(model.logit_bias, kept.temperature.logit_bias[0])
+    image = model.encode_image(preprocess(picture)[None], normalize=True)
+    assert_close(image, model.encode_text(tokenizer(CAPTIONS), normalize=True), ours(run, picture))
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_quickgelu"])
+@torch.no_grad()
+def test_transformers_loads_it(name: str, picture: Image.Image, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    run, out = make_run(tmp_path, f"model={name}", "ema.decay=0.9"), tmp_path / "out"
+    export(run, "hf", out)
+    model, report = transformers.CLIPModel.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values()), report
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(out)
+    texts = tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
+    _, _, ids = clipscale.load(run)
+    for row, mine in zip(texts["input_ids"], ids(CAPTIONS), strict=True):
+        end = int((mine == ids.eot_id).nonzero()[0])
+        assert row[: end + 1].tolist() == mine[: end + 1].tolist()
+    pixels = transformers.CLIPImageProcessor.from_pretrained(out)(picture, return_tensors="pt")["pixel_values"]
+    told = model(pixel_values=pixels, input_ids=texts["input_ids"])
+    assert_close(told.image_embeds, told.text_embeds, ours(run, picture))
+
+
+@torch.no_grad()
+def test_clipscale_loads_it(picture: Image.Image, tmp_path: Path) -> None:
+    run, out = make_run(tmp_path, "model=tiny", "ema.decay=0.9", "loss=siglip"), tmp_path / "out"
+    export(run, "safetensors", out)
+    for mine, again in zip(ours(run, picture), ours(out, picture), strict=True):
+        assert torch.equal(mine, again)
+    assert "/secret" not in (out / "config.yaml").read_text()
+
+
+def test_the_model_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, "model=tiny", "ema.decay=0.9", "init.weights=/secret/place/model.pt")
+    export(run, "open_clip", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in ("# mine", "| samples seen | 512 |", "| val/loss | 1.25 |", "their moving average", "local-dir:out"):
+        assert part in card
+    assert "secret" not in card and "train/loss" not in card and "Biases and limits" in card
+    monkeypatch.chdir(tmp_path)
+    exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0])
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | {"samples_seen": 9999}))
+    export(run, "safetensors", tmp_path / "older")
+    assert "None were recorded of these weights" in (tmp_path / "older" / "README.md").read_text()
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "model=tiny", "loss=siglip", "model.vision.timm=vit_tiny_patch16_224")
+    with pytest.raises(ClipscaleError, match="--to onnx: choose from open_clip, hf, safetensors"):
+        export(run, "onnx", tmp_path / "a")
+    with pytest.raises(ClipscaleError, match="holds something already"):
+        export(run, "hf", run)
+    with pytest.raises(ClipscaleError, match="no logit_bias"):
+        export(run, "hf", tmp_path / "b")
+    with pytest.raises(ClipscaleError, match="cannot be told of another size"):
+        export(run, "open_clip", tmp_path / "c")
+    with pytest.raises(ClipscaleError, match="neither a run directory nor a checkpoint"):
+        export(tmp_path / "nothing", "hf", tmp_path / "d")

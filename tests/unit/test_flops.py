@@ -1,0 +1,226 @@
+"""What a model costs, by formula: held against the model itself, torch's counter, and what autograd keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipscale.config import config_dir, load_group
+from clipscale.config.model import Model
+from clipscale.config.optim import PrecisionName
+from clipscale.errors import ConfigError
+from clipscale.models import CLIP
+from clipscale.models.flops import MIB, Execution, activations, flops, parameters, render
+from clipscale.parallel.parallelize import find_blocks
+
+ROOT = Path(__file__).parents[2]
+MODELS = sorted(file.stem for file in (config_dir() / "model").glob("*.yaml"))
+
+# GFLOPs of the image and of the text tower, from open_clip's docs/model_profile.csv.
+PROFILE = {
+    "vit_s_16": (9.2, 3.38),
+    "vit_b_32": (8.82, 5.96),
+    "vit_b_16": (35.13, 5.96),
+    "vit_l_14": (162.03, 13.3),
+    "vit_l_14_336": (381.92, 13.3),
+    "vit_h_14": (334.59, 47.09),
+    "vit_g_14": (534.06, 47.09),
+    "vit_bigg_14": (967.5, 97.86),
+    "rn50": (12.22, 5.96),
+    "rn101": (19.54, 5.96),
+    "rn50x4": (42.56, 9.27),
+    "rn50x16": (149.39, 13.3),
+    "rn50x64": (529.11, 23.55),
+    "convnext_base": (30.71, 5.96),
+}
+
+
+@cache
+def config_of(name: str) -> Model:
+    return load_group("model", name, Model)
+
+
+def on_meta(config: Model, **options: Any) -> CLIP:
+    with torch.device("meta"):
+        return CLIP(config, **options)
+
+
+def inputs(config: Model, batch: int, device: str) -> tuple[torch.Tensor, ...]:
+    size, length = config.vision.image_size, config.context_length
+    images = torch.empty(batch, 3, size, size, dtype=torch.uint8, device=device)
+    ids = torch.ones(batch * length, dtype=torch.int32, device=device)
+    return images, ids, torch.full((batch,), length, dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith("_quickgelu")])
+def test_parameters_are_the_models(name: str) -> None:
+    if f"{name}_quickgelu" in MODELS:
+        assert parameters(config_of(f"{name}_quickgelu")) == parameters(config_of(name))
+    model, count = on_meta(config_of(name), logit_bias=-10.0), parameters(config_of(name), logit_bias=True)
+    for tower in ("text", "temperature"):
+        assert getattr(count, tower) == sum(p.numel() for p in getattr(model, tower).parameters()), tower
+    assert count.vision == sum(p.numel() for p in model.visual.parameters())
+    assert count.total == parameters(config_of(name)).total + 1
+
+
+@pytest.mark.parametrize("change", [
+    ("vit_xsmall_patch16_clip_224", 224), ("vit_betwixt_patch32_clip_224", 224), ("vit_medium_patch32_clip_224", 224),
+    ("vit_base_patch32_clip_448", 448), ("resnet50x4_clip", 320), ("convnext_tiny", 256), ("convnext_small", 224),
+    ("convnext_large", 224), ("convnext_xlarge", 224),
+])  # fmt: skip
+def test_other_architectures(change: tuple[str, int]) -> None:
+    config = load_group("model", "vit_b_32", Model)
+    config.vision.timm, config.vision.image_size = change
+    assert parameters(config).total == sum(p.numel() for p in on_meta(config).parameters())
+
+
+@pytest.mark.parametrize("name", sorted(PROFILE))
+def test_flops_are_open_clips(name: str) -> None:
+    cost = flops(config_of(name))
+    assert (cost.vision / 1e9, cost.text / 1e9) == pytest.approx(PROFILE[name], rel=1e-3)
+    assert flops(config_of(f"{name}_quickgelu" if f"{name}_quickgelu" in MODELS else name)) == cost
+
+
+def test_a_size_of_ones_own() -> None:
+    config = load_group("model", "tiny", Model)
+    config.vision.layers, config.vision.width, config.vision.patch_size, config.text.mlp_ratio = 3, 192, 8, 2.5
+    assert parameters(config).total == sum(p.numel() for p in on_meta(config).parameters())
+
+
+def counted(config: Model, train: bool, wrap: Callable[[CLIP], None] = lambda model: None) -> float:
+    """FLOPs of a sample, by torch's own counter, which sees every product."""
+    model, batch = on_meta(config), 2
+    wrap(model)
+    with FlopCounterMode(display=False) as counter:
+        images, *captions = inputs(config, batch, "meta")
+        features = model.visual(images), model.text(*captions)
+        if train:
+            sum(one.sum() for one in features).backward()
+    return counter.get_total_flops() / batch
+
+
+@pytest.mark.parametrize("name", ["vit_b_32", "vit_b_16", "vit_l_14", "rn50", "convnext_base", "tiny"])
+def test_flops_are_what_torch_counts(name: str) -> None:
+    assert flops(config_of(name)).forward == pytest.approx(counted(config_of(name), False), rel=1e-3)
+
+
+def recompute(blocks: int | None, model: CLIP) -> None:
+    """Checkpoint the first blocks of each tower."""
+    for tower in find_blocks(model).values():
+        for block in tower[:blocks]:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+# Not ConvNeXt: torch counts the gradients of grouped convolutions as if they had no groups.
+@pytest.mark.parametrize(("name", "asked"), [("vit_b_32", 3), ("tiny_quickgelu", "full"), ("rn50", "full")])
+def test_flops_of_training_are_what_torch_counts(name: str, asked: str | int) -> None:
+    config = config_of(name)
+    plain = counted(config, True)
+    # The first layer has no gradient of its input to form.
+    assert 0.98 * flops(config).training < plain < flops(config).training == flops(config).executed
+    wrapped = counted(config, True, partial(recompute, None if asked == "full" else int(asked)))
+    assert flops(config, Execution(checkpointing=asked)).repeated == pytest.approx(wrapped - plain, rel=1e-3)
+
+
+def test_what_shorter_captions_and_pooled_blocks_save() -> None:
+    """How many times less the whole model then computes, from products counted by hand."""
+    for name, pooled, short, both in (("vit_b_32", 1.072, 1.462, 1.566), ("vit_l_14", 1.039, 1.063, 1.102)):
+        config = config_of(name)
+        full = flops(config).forward
+        assert full / flops(config, Execution(pooled_last_block=True)).forward == pytest.approx(pooled, abs=1e-3)
+        assert full / flops(config, Execution(lengths=[17])).forward == pytest.approx(short, abs=1e-3)
+        assert full / flops(config, Execution([17], True)).forward == pytest.approx(both, abs=1e-3)
+    mixed, one, other = (flops(config, Execution(lengths)).text for lengths in ([9, 9, 60], [9], [60]))
+    assert mixed == pytest.approx((2 * one + other) / 3)
+
+
+def kept_bytes(config: Model, autocast: bool, wrap: Callable[[CLIP], None]) -> dict[str, int]:
+    """Bytes that autograd keeps for a sample, by tower: the difference between a batch of three and one of two.
+
+    Of tensors that have all but contents; on a meta device, attention would not be the fused one.
+    """
+    model = on_meta(config)
+    wrap(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model.to_empty(device="cpu")
+        sizes = [_kept(model, *inputs(config, batch, "cpu")) for batch in (2, 3)]
+    return {tower: sizes[1][tower] - sizes[0][tower] for tower in sizes[0]}
+
+
+def _kept(model: CLIP, images: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor) -> dict[str, int]:
+    weights = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    storages: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        alive.append((tensor, storage))
+        if storage._cdata not in weights:
+            storages[storage._cdata] = storage.nbytes()
+        return tensor
+
+    sizes = {}
+    towers = {"vision": lambda: model.visual(images), "text": lambda: model.text(ids, lengths)}
+    for name, tower in towers.items():
+        storages.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            torch.nn.functional.normalize(tower().float(), dim=-1)
+        sizes[name] = sum(storages.values())
+    return sizes
+
+
+@pytest.mark.parametrize("precision", [PrecisionName.fp32, PrecisionName.amp_bf16])
+@pytest.mark.parametrize("name", ["vit_b_32", "vit_b_16", "tiny_quickgelu", "rn50", "convnext_base"])
+def test_activations_are_what_autograd_keeps(name: str, precision: PrecisionName) -> None:
+    config = load_group("model", name, Model)
+    ways: list[tuple[str | int, int | None]] = [("none", 0), ("full", None), (2, 2)]
+    if name != "vit_b_32":
+        config.text.layers = 2  # to save time: the text tower is the same in all
+    if name == "convnext_base":
+        config.vision.timm = "convnext_tiny"  # half as deep
+    for asked, blocks in ways if name == "tiny_quickgelu" else ways[:2]:
+        expected = activations(config, Execution(checkpointing=asked), precision)
+        found = kept_bytes(config, precision is PrecisionName.amp_bf16, partial(recompute, blocks))
+        assert (expected.vision, expected.text) == pytest.approx((found["vision"], found["text"]), rel=1e-3), asked
+        assert (expected.live > 0) == (asked != "none")
+
+
+def test_tensors_without_contents_keep_what_real_ones_do() -> None:
+    config = config_of("tiny")
+    model = CLIP(config)
+    real = [_kept(model, *inputs(config, batch, "cpu")) for batch in (2, 3)]
+    assert kept_bytes(config, False, lambda model: None) == {t: real[1][t] - real[0][t] for t in real[0]}
+
+
+def test_pooled_blocks_and_short_captions_keep_less() -> None:
+    config = config_of("vit_b_32")
+    full, pooled = activations(config), activations(config, Execution(pooled_last_block=True))
+    assert full.vision / MIB == pytest.approx(29.2, abs=0.1) and pooled.vision / MIB == pytest.approx(27.2, abs=0.2)
+    assert activations(config, Execution(lengths=[7])).text == pytest.approx(full.text / 11, rel=0.01)
+
+
+def test_mistakes_are_one_line() -> None:
+    config = load_group("model", "tiny", Model)
+    with pytest.raises(ConfigError, match=r"captions of 5 to 40 tokens do not fit model\.context_length=32"):
+        flops(config, Execution(lengths=[5, 40]))
+    for asked in ("some", -1, True, 1.5):
+        with pytest.raises(ConfigError, match="none, full or a number of blocks"):
+            activations(config, Execution(checkpointing=asked))  # type: ignore[arg-type]
+    config.vision.image_size = 65
+    with pytest.raises(ConfigError, match="image_size=65 must be a multiple of 16"):
+        parameters(config)
+    config.vision.timm = "resnet18"
+    with pytest.raises(ConfigError, match=r"timm=resnet18: what it costs is not known; known are vit_.*resnet50_clip"):
+        parameters(config)
+
+
+def test_the_table_in_the_documents_is_this_one() -> None:
+    assert render() in (ROOT / "docs" / "models.md").read_text()

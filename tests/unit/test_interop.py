@@ -1,0 +1,121 @@
+"""Weights under other libraries' names: nothing is lost, no bit changes, and the features are those of that library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+
+from clipscale.checkpoint.interop import from_hf, from_open_clip, to_hf, to_open_clip
+from clipscale.config import load_group
+from clipscale.config.model import Model
+from clipscale.errors import ClipscaleError
+from clipscale.models import CLIP
+from tests.peers import SMALL, assert_same_features, hf_model, pair, small
+
+# Of each family that open_clip has, the twin that it is.
+TWINS = {
+    "vit_s_16": "ViT-S-16",
+    "vit_b_32": "ViT-B-32",
+    "vit_b_32_quickgelu": "ViT-B-32-quickgelu",
+    "vit_b_16": "ViT-B-16",
+    "vit_b_16_quickgelu": "ViT-B-16-quickgelu",
+    "vit_l_14": "ViT-L-14",
+    "vit_l_14_336": "ViT-L-14-336",
+    "vit_h_14": "ViT-H-14",
+    "vit_g_14": "ViT-g-14",
+    "vit_bigg_14": "ViT-bigG-14",
+    "rn50": "RN50",
+    "rn101": "RN101",
+    "rn50x4": "RN50x4",
+    "rn50x16": "RN50x16",
+    "rn50x64": "RN50x64",
+    "convnext_base": "convnext_base",
+}
+
+
+def theirs(name: str) -> Any:
+    config = open_clip.get_model_config(TWINS[name])
+    config.pop("custom_text", None)
+    return open_clip.CLIP(**config)
+
+
+def same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_every_models_weights_have_open_clips_names_and_shapes(name: str) -> None:
+    with torch.device("meta"):
+        ours = CLIP(load_group("model", name, Model)).state_dict()
+        other = theirs(name).state_dict()
+    there = to_open_clip(ours)
+    assert {k: t.shape for k, t in there.items()} == {k: t.shape for k, t in other.items()}
+    back = from_open_clip(other)
+    assert {k: t.shape for k, t in back.items()} == {k: t.shape for k, t in ours.items()}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_features_are_open_clips_and_no_bit_changes(name: str) -> None:
+    ours, other = small(name)
+    ours.load_state_dict(from_open_clip(other.state_dict()))
+    same_state(to_open_clip(ours.state_dict()), other.state_dict())
+    batch = pair(64, 32)
+    assert_same_features(ours, other.encode_image(batch[0]), other.encode_text(batch[1]), batch)
+
+
+def test_custom_text_and_bias() -> None:
+    _, plain = small("tiny")
+    vision, text = SMALL["tiny"], dict(context_length=32, vocab_size=49408, width=128, heads=4, layers=2)
+    custom = open_clip.CustomTextCLIP(128, vision, text, init_logit_bias=-10.0)
+    state = {**plain.state_dict(), "logit_bias": torch.tensor(-10.0)}
+    in_custom = {
+        name if name.startswith(("visual.", "logit_")) else f"text.{name}": tensor for name, tensor in state.items()
+    }
+    custom.load_state_dict(in_custom)
+    found = from_open_clip(custom.state_dict())
+    assert found["temperature.logit_bias"].shape == found["temperature.logit_scale"].shape == (1,)
+    same_state(to_open_clip(found), state)
+
+
+def test_openais_archives_hold_more_than_weights_in_half_precision() -> None:
+    state = {name: tensor.half() for name, tensor in small("tiny")[1].state_dict().items()}
+    extras = {"input_resolution": torch.tensor(224), "context_length": torch.tensor(77), "vocab_size": torch.tensor(9)}
+    found = from_open_clip(state | extras)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float16}
+    same_state(to_open_clip(found), state)
+
+
+def test_another_architecture_is_one_line() -> None:
+    with torch.device("meta"):
+        state = build_state("vit_b_32")
+    with pytest.raises(
+        ClipscaleError, match=r"1 of 303 weights have no place in clipscale's towers: visual.attn_pool.q"
+    ):
+        from_open_clip(state | {"visual.attn_pool.q": torch.zeros(1)})
+    with pytest.raises(ClipscaleError, match="no logit_bias"):
+        to_hf(from_open_clip(state | {"logit_bias": torch.zeros(())}))
+    with torch.device("meta"), pytest.raises(ClipscaleError, match="no image tower but CLIP's ViT"):
+        to_hf(CLIP(load_group("model", "rn50", Model)).state_dict())
+    with pytest.raises(ClipscaleError, match="another architecture"):
+        from_hf(state)
+
+
+def build_state(name: str) -> dict[str, torch.Tensor]:
+    return to_open_clip(CLIP(load_group("model", name, Model)).state_dict())
+
+
+@torch.no_grad()
+def test_features_are_hugging_faces_and_no_bit_changes() -> None:
+    other = hf_model()
+    ours = CLIP(load_group("model", "tiny_quickgelu", Model)).eval()
+    ours.load_state_dict(from_hf(other.state_dict()))
+    same_state(to_hf(ours.state_dict()), other.state_dict())
+    batch = pair(64, 32)
+    out = other(pixel_values=batch[0], input_ids=batch[1])
+    assert_same_features(ours, out.image_embeds, out.text_embeds, batch)

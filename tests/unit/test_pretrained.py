@@ -1,0 +1,150 @@
+"""``init.weights``: what it reads, and what it refuses with the key that mends it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from clipscale.checkpoint.interop import from_hf, from_open_clip
+from clipscale.checkpoint.pretrained import activation_of, load_pretrained, read_pretrained
+from clipscale.errors import ClipscaleError
+from clipscale.models import CLIP, build_model
+from tests.peers import hf_model, small
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    """open_clip's names."""
+    return small("tiny")[1].state_dict()
+
+
+@pytest.fixture
+def tiny() -> CLIP:
+    return build_model("tiny", logit_bias=-3.0)
+
+
+def load(model: CLIP, where: str | Path) -> None:
+    load_pretrained(model, read_pretrained(str(where)))
+
+
+@pytest.mark.parametrize("layout", ["bare.pt", "training.pt", "weights.safetensors", "half.bin", "own.safetensors"])
+def test_files(layout: str, state: dict[str, torch.Tensor], tiny: CLIP, tmp_path: Path) -> None:
+    path = tmp_path / layout
+    if layout == "half.bin":
+        state = {name: tensor.half() for name, tensor in state.items()}
+    expected = from_open_clip(state)
+    if layout == "training.pt":
+        inner = {f"module.{name}": tensor for name, tensor in state.items()}
+        torch.save({"epoch": 3, "name": "x", "state_dict": inner, "optimizer": {"state": {}}}, path)
+    elif path.suffix == ".safetensors":
+        of_file = expected if layout.startswith("own") else state
+        save_file({name: tensor.clone().contiguous() for name, tensor in of_file.items()}, path)
+    else:
+        torch.save(state, path)
+    load(tiny, path)
+    found = tiny.state_dict()
+    assert found["temperature.logit_bias"].item() == -3, "the weights have none"
+    for name, tensor in expected.items():
+        assert found[name].dtype == torch.float32 and torch.equal(found[name], tensor.float()), name
+
+
+def test_a_bias_that_the_softmax_does_not_see(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    torch.save({**state, "logit_bias": torch.tensor(-10.0)}, tmp_path / "siglip.pt")
+    sigmoid, softmax = build_model("tiny", logit_bias=0.0), build_model("tiny")
+    load(sigmoid, tmp_path / "siglip.pt")
+    load(softmax, tmp_path / "siglip.pt")
+    assert sigmoid.temperature.logit_bias is not None and sigmoid.temperature.logit_bias.item() == -10
+
+
+def open_clip_directory(path: Path, state: dict[str, torch.Tensor], **config: Any) -> Path:
+    save_file({name: tensor.clone() for name, tensor in state.items()}, path / "open_clip_model.safetensors")
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_what_the_source_tells_is_compared(state: dict[str, torch.Tensor], tiny: CLIP, tmp_path: Path) -> None:
+    path = open_clip_directory(tmp_path, state, model_cfg={"quick_gelu": True, "text_cfg": {"heads": 4}})
+    with pytest.raises(ClipscaleError, match=r"trained with activation quickgelu, not gelu; use model=tiny_quickgelu$"):
+        load(tiny, path)
+    load(build_model("tiny_quickgelu"), path)
+    open_clip_directory(path, state, model_cfg={"text_cfg": {"heads": 2}}, preprocess_cfg={"mean": [0.5, 0.5, 0.5]})
+    with pytest.raises(ClipscaleError, match=r"use model.mean=\[0.5,0.5,0.5\] model.text.heads=2$"):
+        load(tiny, path)
+    torch.save(state | {"input_resolution": torch.tensor(64)}, path / "openai.pt")
+    with pytest.raises(ClipscaleError, match="use model=tiny_quickgelu"):
+        load(tiny, path / "openai.pt")
+
+
+@pytest.mark.parametrize("parts", ["one file", "several"])
+def test_a_directory_of_hugging_face(parts: str, tiny: CLIP, tmp_path: Path) -> None:
+    other = hf_model()
+    other.save_pretrained(tmp_path, **({} if parts == "one file" else {"max_shard_size": "5MB"}))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 or parts == "several"
+    with pytest.raises(ClipscaleError, match="use model=tiny_quickgelu"):
+        load(tiny, tmp_path)
+    ours = build_model("tiny_quickgelu")
+    load(ours, tmp_path)
+    for name, tensor in from_hf(other.state_dict()).items():
+        assert torch.equal(ours.state_dict()[name], tensor), name
+
+
+def test_another_model_is_named(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "tiny.pt")
+    with pytest.raises(
+        ClipscaleError, match=r"is not model=vit_s_16: visual.trunk.cls_token is \[1, 1, 128\].*more such"
+    ):
+        load(build_model("vit_s_16"), tmp_path / "tiny.pt")
+    with pytest.raises(ClipscaleError, match=r"use model=tiny$"):
+        load(build_model("vit_s_16"), tmp_path / "tiny.pt")
+    state = dict(state)
+    del state["ln_final.weight"]
+    torch.save(state, tmp_path / "less.pt")
+    with pytest.raises(ClipscaleError, match=r"text.norm.weight is missing; no option of model has these shapes"):
+        load(build_model("tiny"), tmp_path / "less.pt")
+
+
+class Code:
+    def __reduce__(self) -> Any:
+        return print, ("executed",)
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.save({"a": Code()}, tmp_path / "code.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "openai.pt")
+    (tmp_path / "broken.safetensors").write_bytes(b"1234")
+    (tmp_path / "broken.pt").write_bytes(b"1234")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pt")
+    siglip = tmp_path / "siglip"
+    siglip.mkdir()
+    (siglip / "config.json").write_text('{"model_type": "siglip"}')
+    for where, message in {
+        tmp_path / "code.pt": "code.pt is no file of tensors alone",
+        tmp_path / "list.pt": "holds no state dict",
+        tmp_path / "openai.pt": "is a TorchScript archive; save its weights first",
+        tmp_path / "broken.safetensors": "cannot be read",
+        tmp_path / "broken.pt": "broken.pt is no file of tensors alone",
+        tmp_path / "other.pt": "1 of 1 weights have no place in clipscale's towers: x",
+        tmp_path / "nothing": "is no file or directory; give open_clip:NAME/TAG",
+        tmp_path: "neither a run directory nor a checkpoint",
+        siglip: "model_type=siglip; only clip",
+        "open_clip:ViT-B32/openai": "open_clip has no model ViT-B32",
+        "open_clip:ViT-B-32/mine": "no weights 'mine' of ViT-B-32; choose from openai, ",
+        "hf:clipscale/no-such-model": "cannot be downloaded here",
+    }.items():
+        with pytest.raises(ClipscaleError) as caught:
+            read_pretrained(str(where))
+        assert message in str(caught.value), where
+        assert "\n" not in str(caught.value) and str(where) in str(caught.value)
+
+
+def test_open_clips_tags_tell_the_activation() -> None:
+    assert activation_of("ViT-B-32", "openai") == "quickgelu", "though the model of this name is not"
+    assert activation_of("ViT-B-32-quickgelu", "laion400m_e32") == "quickgelu"
+    assert activation_of("ViT-B-32", "laion2b_s34b_b79k") == "gelu"
