@@ -14,15 +14,11 @@ from clipscale.config import compose
 from clipscale.config.schema import Config
 from clipscale.data.loader import Batch, step_seed
 from clipscale.distributed.collectives import average, rank, whole, world_size
-from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError
 from clipscale.losses import clip_loss
 from clipscale.models import CLIP, build_model
-from clipscale.optim import build_optimizer
-from clipscale.parallel import build_scaler, parallelize
-from clipscale.trainer.objective import Objective
 from clipscale.trainer.step import TrainStep
-from tests.distributed.test_parallel import B, make_batch, small
+from tests.distributed.test_parallel import B, build, make_batch, small
 
 Gradients = dict[str, torch.Tensor]
 STEPS = 3
@@ -38,14 +34,6 @@ def configured(overrides: list[str], tower: str = "vit") -> Config:
 
 def double(config: Config) -> CLIP:
     return build_model(config.model, logit_bias=config.loss.first_bias).double()
-
-
-def build(config: Config, model: CLIP, scaler: torch.amp.GradScaler | None = None, device: str = "cpu") -> TrainStep:
-    runtime = Runtime(rank(), world_size(), rank(), torch.device(device))
-    laid_out = parallelize(model, config.parallel, runtime.device)
-    optimizer = build_optimizer(laid_out.model, config.optim)
-    scaler = scaler or build_scaler(config.precision.name, runtime.device)
-    return TrainStep(config, runtime, laid_out, Objective(config), optimizer, scaler, None)
 
 
 def my_batch(number: int) -> Batch:

@@ -17,15 +17,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 from clipscale.config.schema import Config
 from clipscale.data.loader import Batch
 from clipscale.distributed.collectives import Gathering, gather, rank, whole, world_size
-from clipscale.distributed.runtime import Runtime
 from clipscale.losses import clip_loss, siglip_loss
-from clipscale.models import build_model
-from clipscale.optim import build_optimizer
-from clipscale.parallel import build_scaler, parallelize
 from clipscale.trainer.objective import Objective, build_objective
 from clipscale.trainer.step import TrainStep
 from tests.distributed.test_cached import configured, my_batch
-from tests.distributed.test_parallel import B
+from tests.distributed.test_parallel import B, build
 
 AHEAD = "loss.overlap_gather=true"
 STEPS = 3
@@ -50,22 +46,13 @@ def objective_of(config: Config) -> Objective:
     return build_objective(config, [], torch.device("cpu"))
 
 
-def build(config: Config, objective: Objective, device: str = "cpu") -> TrainStep:
-    runtime = Runtime(rank(), world_size(), rank(), torch.device(device))
-    model = build_model(config.model, logit_bias=config.loss.first_bias)
-    laid_out = parallelize(model, config.parallel, runtime.device)
-    optimizer = build_optimizer(laid_out.model, config.optim)
-    scaler = build_scaler(config.precision.name, runtime.device)
-    return TrainStep(config, runtime, laid_out, objective, optimizer, scaler, None)
-
-
 @contextmanager
 def built(overrides: list[str], tower: str = "vit") -> Iterator[TrainStep]:
     """A step, and the group in which it sends ahead while it lasts."""
     config = configured(overrides, tower)
     objective = objective_of(config)
     try:
-        yield build(config, objective)
+        yield build(config, objective=objective)
     finally:
         if objective.ahead is not None:
             dist.destroy_process_group(objective.ahead)

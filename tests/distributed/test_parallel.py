@@ -7,17 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from clipscale.checkpoint import Checkpointer, Saved
 from clipscale.config import compose
 from clipscale.config.model import Model
 from clipscale.config.schema import Config
 from clipscale.data.loader import Batch
-from clipscale.distributed.collectives import whole
+from clipscale.distributed.collectives import rank, whole, world_size
 from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError
-from clipscale.models import build_model
+from clipscale.models import CLIP, build_model
 from clipscale.optim import Ema, build_optimizer, configure
 from clipscale.parallel import build_scaler, parallelize
 from clipscale.trainer.objective import Objective
@@ -47,15 +46,22 @@ def make_batch(step: int, share: slice) -> Batch:
     return Batch(images[share], torch.cat(captions[share]), lengths[share].int(), no_positions, [], caption_ids)
 
 
-def build(config: Config) -> TrainStep:
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    runtime = Runtime(rank, world, rank, torch.device("cpu"))
-    bias = -10.0 if config.loss.name.value == "siglip" else None
-    laid_out = parallelize(build_model(config.model, logit_bias=bias), config.parallel, runtime.device)
+def build(
+    config: Config,
+    model: CLIP | None = None,
+    *,
+    objective: Objective | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    device: str = "cpu",
+) -> TrainStep:
+    """A step on this rank; the model, the objective and the scaler are the configuration's where none is given."""
+    runtime = Runtime(rank(), world_size(), rank(), torch.device(device))
+    model = model or build_model(config.model, logit_bias=config.loss.first_bias)
+    laid_out = parallelize(model, config.parallel, runtime.device)
     optimizer = build_optimizer(laid_out.model, config.optim)
     ema = Ema(laid_out.model, 0.9)
-    scaler = build_scaler(config.precision.name, runtime.device)
-    return TrainStep(config, runtime, laid_out, Objective(config), optimizer, scaler, ema)
+    scaler = scaler or build_scaler(config.precision.name, runtime.device)
+    return TrainStep(config, runtime, laid_out, objective or Objective(config), optimizer, scaler, ema)
 
 
 def advance(step: TrainStep, start: int, count: int) -> list[float]:

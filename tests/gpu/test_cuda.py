@@ -14,16 +14,12 @@ import torch.distributed as dist
 
 from clipscale.config import compose
 from clipscale.data.loader import Batch
-from clipscale.distributed.runtime import Runtime
 from clipscale.losses import LOSSES
 from clipscale.models import build_model
-from clipscale.optim import Ema, build_optimizer
-from clipscale.parallel import build_scaler, parallelize
 from clipscale.trainer.objective import Objective
-from clipscale.trainer.step import TrainStep
 from tests.distributed import test_cached as microbatches
 from tests.distributed import test_overlap as overlap
-from tests.distributed.test_parallel import advance, make_batch, small
+from tests.distributed.test_parallel import advance, build, make_batch, small
 from tests.towers import draw_captions
 
 pytestmark = [
@@ -35,12 +31,7 @@ pytestmark = [
 def losses_on(device: str, overrides: list[str]) -> list[float]:
     config, _ = compose(overrides)
     config.model = small("vit")
-    runtime = Runtime(0, 1, 0, torch.device(device))
-    laid_out = parallelize(build_model(config.model), config.parallel, runtime.device)
-    optimizer = build_optimizer(laid_out.model, config.optim)
-    scaler = build_scaler(config.precision.name, runtime.device)
-    ema = Ema(laid_out.model, 0.9)
-    return advance(TrainStep(config, runtime, laid_out, Objective(config), optimizer, scaler, ema), 0, 3)
+    return advance(build(config, device=device), 0, 3)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +105,7 @@ def test_microbatches_save_memory() -> None:
     for count in (1, 8):
         config, _ = compose([f"optim.microbatches={count}"])
         config.model = small("vit")
-        step = microbatches.build(config, build_model(config.model), device="cuda")
+        step = build(config, device="cuda")
         batch = Batch.concatenate([make_batch(number, slice(None)) for number in range(16)])
         step(batch, 0, 1e-3)
         torch.cuda.reset_peak_memory_stats()
@@ -138,8 +129,8 @@ def group() -> Iterator[dist.ProcessGroup]:
 def test_texts_sent_ahead_change_nothing(group: dist.ProcessGroup, layout: str, precision: str) -> None:
     config = microbatches.configured([f"parallel={layout}", f"precision={precision}"])
     late, early = (
-        overlap.train(overlap.build(config, Objective(config, ahead=chosen), "cuda"), negatives=True, steps=1)[0]
-        for chosen in (None, group)
+        overlap.train(step, negatives=True, steps=1)[0]
+        for step in (build(config, objective=Objective(config, ahead=one), device="cuda") for one in (None, group))
     )
     assert torch.equal(early[0], late[0])
     assert microbatches.worst(early[1], late[1])[0] <= 1e-4  # attention's own backward pass may differ between runs
