@@ -5,8 +5,8 @@
 
 ``run`` trains two models side by side on the very same batches: clipscale's, by its own training step, and open_clip's
 ``CLIP`` with open_clip's ``ClipLoss``, the optimizer that its training script makes, and its schedule. Each starts from
-its own library's initialisation with that seed. Both are evaluated by the same code: the peer's weights are renamed, not
-changed. ``plot`` draws all runs of a directory and prints each metric's mean and spread over seeds.
+its own library's initialisation with that seed. Both are evaluated by the same code: the peer's weights are renamed for
+it, nothing else. ``plot`` draws all runs of a directory and prints each metric's mean and spread over seeds.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def summarise(folder: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=90)
 
 
-def draw(axis, seeds: list[list[dict]], metric: str) -> None:  # noqa: ANN001 - matplotlib's
+def draw(axis, seeds: list[list[dict]], metric: str) -> None:
     for side, color in (("open_clip", "tab:orange"), ("clipscale", "tab:blue")):
         for number, one in enumerate(seeds):
             points = [(point["step"], point[metric]) for point in one if point["side"] == side and metric in point]
