@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from clipscale.checkpoint.interop import OPENAI_EXTRAS, State, from_hf, from_open_clip
 from clipscale.checkpoint.loading import load_model
+from clipscale.checkpoint.positions import fit_positions
 from clipscale.config import config_dir, load_group
 from clipscale.config.model import Activation, Model
 from clipscale.errors import ClipscaleError
@@ -59,20 +60,23 @@ def read_pretrained(where: str) -> Pretrained:
         raise ClipscaleError(f"init.weights={where}: {error}") from None
 
 
-def load_pretrained(model: CLIP, found: Pretrained) -> None:
-    """Copy weights into ``model``, in its own dtype.
+def load_pretrained(model: CLIP, found: Pretrained) -> list[str]:
+    """Copy weights into ``model``, in its own dtype. Returns what was said of those that are not as they were found.
 
     A bias on the logits is left out where the model's loss has none (the softmax does not see it), and kept as it is
-    where the weights have none. Raises ClipscaleError that says what differs, and what to choose.
+    where the weights have none. Position embeddings of another image size or context length are brought to the model's.
+    Raises ClipscaleError that says what else differs, and what to choose.
     """
     state, own = dict(found.state), model.state_dict()
     if BIAS not in own:
         state.pop(BIAS, None)
     elif BIAS not in state:
         state[BIAS] = own[BIAS]
+    resized = fit_positions(model, state)
     _check_shapes(model, state, found)
     _check_told(model, found)
     model.load_state_dict(state)
+    return resized
 
 
 # ---- what differs ---------------------------------------------------------------------------------------------------

@@ -214,12 +214,12 @@ def build_loader(
     )
 
 
-def start_from(model: CLIP, weights: str, runtime: Runtime) -> None:
+def start_from(model: CLIP, weights: str, runtime: Runtime) -> list[str]:
     """Load what ``init.weights`` names into a model that is not laid out over ranks yet; one rank a node downloads it.
 
-    Raises ClipscaleError when it cannot be had, or is not of this model.
+    Returns what is to be told of it. Raises ClipscaleError when it cannot be had, or is not of this model.
     """
-    load_pretrained(model, once_per_node(runtime, lambda: read_pretrained(weights)))
+    return load_pretrained(model, once_per_node(runtime, lambda: read_pretrained(weights)))
 
 
 def eval_context(config: Config, model: CLIP, tokenizer: Tokenizer, device: torch.device) -> EvalContext:

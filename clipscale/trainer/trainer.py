@@ -70,8 +70,7 @@ class Trainer:
             logit_bias=config.loss.first_bias,
         )
         self.starts_from = config.init.weights if newest is None else None
-        if self.starts_from is not None:
-            start_from(model, self.starts_from, runtime)
+        self.resized = [] if self.starts_from is None else start_from(model, self.starts_from, runtime)
         laid_out = parallelize(model, config.parallel, runtime.device)
         self.model = laid_out.model
         optimizer = build_optimizer(self.model, config.optim)
@@ -364,6 +363,8 @@ class Trainer:
             f"{config.parallel.strategy.value}, {self.runtime.world} x {self.runtime.device.type}, "
             f"{config.precision.name.value}"
         )
+        for change in self.resized:
+            say(f"  {self.starts_from}: {change}")
         say(
             f"  data {self.train.samples:,} samples in {len(order.shards)} shards; {order.streams} streams, "
             f"windows of {order.window_size}"
