@@ -24,6 +24,21 @@ class ResizeMode(Enum):
     squash = "squash"  # both sides fit, the proportions are lost
 
 
+class HFPool(Enum):
+    """What becomes of the tokens of a caption in a text tower of Hugging Face's."""
+
+    cls = "cls"  # the first token
+    mean = "mean"  # all tokens
+    last = "last"  # the end token
+
+
+class HFProjection(Enum):
+    """What leads from a text tower of Hugging Face's to the shared space."""
+
+    linear = "linear"  # a matrix
+    mlp = "mlp"  # two, with a GELU between them
+
+
 @dataclass
 class Vision:
     """The image tower: any timm architecture."""
@@ -62,6 +77,19 @@ class Text:
     """Number of token ids; must cover the tokenizer's."""
     eot_id: int = fixed(49407)
     """Id of the end-of-text token, at which the caption is pooled."""
+    hf: str | None = fixed(None)
+    """A text model of Hugging Face transformers as the tower, instead of our own: `ORGANISATION/NAME` or the directory
+    of a copy; needs `pip install 'clipscale[hf]'`. Of the other keys of `model.text`, those with `hf` and `eot_id`
+    count."""
+    hf_pretrained: bool = fixed(True)
+    """Start from its weights; false: draw them from the seed, as its architecture does."""
+    hf_pool: HFPool | None = fixed(None)
+    """One vector of a caption's tokens: `cls` (the first), their `mean`, or the `last`; null: `cls` of a BERT, `last`
+    where a token sees only those before it, else `mean`."""
+    hf_proj: HFProjection = fixed(HFProjection.linear)
+    """Into the shared space: a `linear` layer, or an `mlp` of two; without bias."""
+    hf_config: Any = fixed(None)
+    """Its architecture, as its `config.json` has it. null reads it where `hf` says. Recorded for the life of a run."""
 
 
 @dataclass

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from clipscale.models.hf import HFTextTower
+
 if TYPE_CHECKING:
     from clipscale.models.clip import CLIP
 
@@ -20,9 +22,13 @@ if TYPE_CHECKING:
 def initialize(model: CLIP, seed: int) -> None:
     """Set the weights of the text tower, the projections, and of CLIP's own ViTs and ResNets.
 
-    Other timm architectures keep the initialisation that timm gave them.
+    Other timm architectures keep the initialisation that timm gave them; text towers of Hugging Face's have their own.
     """
-    layers, width = len(model.text.blocks), model.text.norm.normalized_shape[0]
+    layers, width = len(model.text.blocks), 0
+    if isinstance(model.text, HFTextTower):
+        model.text.draw(seed)
+    else:
+        width = model.text.norm.normalized_shape[0]
     is_vit = hasattr(model.visual.trunk, "patch_embed") and hasattr(model.visual.trunk, "blocks")
     is_clip_resnet = isinstance(model.visual.proj, nn.Identity)
     modules = dict(model.named_modules())
@@ -30,9 +36,9 @@ def initialize(model: CLIP, seed: int) -> None:
         leaf = name.rpartition(".")[2]
         tower, _, inner = name.partition(".")
         drawn: tuple[str, float] | None = None
-        if tower == "text":
+        if tower == "text" and width:
             drawn = _text(inner, leaf, width, layers)
-        elif name == "visual.proj.weight":
+        elif name == "visual.proj.weight" or name.startswith("text.proj."):
             drawn = ("normal", parameter.shape[1] ** -0.5)
         elif inner.startswith("trunk.") and is_vit:
             drawn = _vit(inner.removeprefix("trunk."), leaf, parameter)

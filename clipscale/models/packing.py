@@ -25,11 +25,11 @@ class Packing:
     groups: tuple[tuple[int, int], ...]
     """``(captions, tokens each)`` of every group, in order."""
     real: int
-    """Tokens of all captions, padding not counted."""
+    """Tokens that are given: of all captions, padding not counted."""
     exact: bool
     """Whether there is no padding at all."""
     tokens: torch.Tensor
-    """Int[T], which of the captions' ids, laid end to end, stands at each place."""
+    """Int[T], which of the captions' ids, laid end to end, stands at each place; ``real`` is the id that fills."""
     positions: torch.Tensor
     """Int[T], the place of each token in its caption."""
     ends: torch.Tensor
@@ -60,6 +60,19 @@ class Packing:
         made = _to(device, [tokens, positions, ends, lengths, order.argsort(), bounds.int()])
         return Packing(groups, int(lengths.sum()), exact, *made)
 
+    @staticmethod
+    def filled(lengths: torch.Tensor, context: int, device: torch.device) -> Packing:
+        """Captions of ``lengths`` Int[B], each filled up to ``context`` tokens, which are computed as any other."""
+        lengths = lengths.cpu().long()
+        count, real = len(lengths), int(lengths.sum())
+        positions = torch.arange(context).expand(count, context)
+        begins = (lengths.cumsum(0) - lengths)[:, None]
+        tokens = torch.where(positions < lengths[:, None], begins + positions, real).flatten()
+        bounds = torch.arange(count + 1) * context
+        ends, whole = bounds[1:] - 1, torch.full((count,), context)
+        made = _to(device, [tokens, positions.flatten(), ends, whole, torch.arange(count), bounds.int()])
+        return Packing(((count, context),), real, True, *made)
+
     @property
     def longest(self) -> int:
         """Tokens of the longest caption."""
@@ -69,6 +82,19 @@ class Packing:
         """Views of Float[T, …], one per group: Float[captions, tokens each, …]."""
         parts = x.split([count * size for count, size in self.groups])
         return (part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True))
+
+
+def check_lengths(lengths: torch.Tensor, context_length: int) -> int:
+    """The longest of the lengths Int[B] of captions, on the host.
+
+    Raises ValueError when a caption is empty, or longer than the context.
+    """
+    shortest, longest = (int(x) for x in lengths.aminmax()) if len(lengths) else (1, 1)
+    if longest > context_length:
+        raise ValueError(f"a caption has {longest} tokens, the context length is {context_length}")
+    if shortest < 1:
+        raise ValueError("a caption has no token, not even its end")
+    return longest
 
 
 def _to(device: torch.device, tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clipscale.config.model import Activation, Text
-from clipscale.models.packing import Packing, attend, attend_from_ends, has_kernel
+from clipscale.models.packing import Packing, attend, attend_from_ends, check_lengths, has_kernel
 
 
 class QuickGELU(nn.Module):
@@ -115,11 +115,7 @@ class TextTower(nn.Module):
         Raises ValueError when a caption is empty, or longer than the context.
         """
         lengths = lengths.cpu()
-        shortest, longest = (int(x) for x in lengths.aminmax()) if len(lengths) else (1, 1)
-        if longest > self.context_length:
-            raise ValueError(f"a caption has {longest} tokens, the context length is {self.context_length}")
-        if shortest < 1:
-            raise ValueError("a caption has no token, not even its end")
+        check_lengths(lengths, self.context_length)
         device, dtype = self.positional_embedding.device, self.positional_embedding.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
