@@ -237,11 +237,11 @@ def test_what_does_not_fit_is_refused_at_build(tmp_path: Path) -> None:
     few.text.hf_config["vocab_size"] = 50
     with pytest.raises(ConfigError, match=r"has \d+ tokens, model.text.hf=some/bert takes 50"):
         build_tokenizer(named, few)
-    with pytest.raises(ConfigError, match="use model.text.eot_id=3"):
+    with pytest.raises(ConfigError, match=r"use model\.text\.eot_id=3"):
         build_tokenizer(named, hf_model("bert", eot_id=7))
-    with pytest.raises(ConfigError, match="use tokenizer.name=hf:some/bert"):
+    with pytest.raises(ConfigError, match=r"use tokenizer\.name=hf:some/bert"):
         build_tokenizer(TokenizerConfig("ViT-B-32"), hf_model("bert"))
-    with pytest.raises(ConfigError, match="what model.text.hf=some/bert costs is not known"):
+    with pytest.raises(ConfigError, match=r"what model\.text\.hf=some/bert costs is not known"):
         parameters(hf_model("bert"))
 
 
@@ -282,7 +282,9 @@ def test_what_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
         lambda: read_text_tower(made, "some/bert"),
         lambda: Tokenizer("hf:some/bert", CONTEXT),
     ):
-        with pytest.raises(ConfigError, match="cannot be downloaded here .* give the path of a copy instead") as raised:
+        with pytest.raises(
+            ConfigError, match=r"cannot be downloaded here .* give the path of a copy instead"
+        ) as raised:
             attempt()
         assert len(str(raised.value).splitlines()) == 1
     with pytest.raises(ConfigError, match="neither a directory here nor ORGANISATION/NAME"):
