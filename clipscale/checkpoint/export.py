@@ -183,12 +183,17 @@ def _write_byte_pairs(context_length: int, out: Path) -> None:
 
 
 WRITERS: dict[str, Callable[[CLIP, Config, Path], None]] = {
-    "open_clip": lambda model, config, out: write_open_clip(model, _tokenizer(config), out),
-    "hf": lambda model, config, out: write_hf(model, _tokenizer(config), out),
+    "open_clip": lambda model, config, out: write_open_clip(model, _tokenizer(config, "open_clip"), out),
+    "hf": lambda model, config, out: write_hf(model, _tokenizer(config, "CLIPModel"), out),
     "safetensors": write_safetensors,
 }
 
 
-def _tokenizer(config: Config) -> Tokenizer:
+def _tokenizer(config: Config, format: str) -> Tokenizer:
     tokenizer: TokenizerConfig = config.tokenizer
+    if config.model.text.hf is not None:
+        raise ClipscaleError(
+            f"{format} cannot be given the text tower model.text.hf={config.model.text.hf} without the hub; use --to "
+            "safetensors"
+        )
     return Tokenizer(tokenizer.name, tokenizer.context_length or config.model.context_length)

@@ -19,9 +19,11 @@ from clipscale.checkpoint.interop import OPENAI_EXTRAS, State, from_hf, from_ope
 from clipscale.checkpoint.loading import load_model
 from clipscale.checkpoint.positions import fit_positions
 from clipscale.config import config_dir, load_group
+from clipscale.config.hub import fetch, unavailable
 from clipscale.config.model import Activation, Model
-from clipscale.errors import ClipscaleError
+from clipscale.errors import ClipscaleError, ConfigError
 from clipscale.models import CLIP
+from clipscale.models.hf import HFTextTower, hf_class, quiet_transformers, text_part
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 HF_CONFIG = "config.json"
@@ -38,6 +40,11 @@ class Pretrained:
     state: State
     told: dict[str, Any] = field(default_factory=dict)
     """Values of ``model.*`` keys, without that prefix, that weights do not show."""
+
+    @property
+    def of_hf_text(self) -> bool:
+        """Whether the text tower is one of Hugging Face's, as clipscale names it."""
+        return any(name.startswith("text.transformer.") for name in self.state)
 
 
 def read_pretrained(where: str) -> Pretrained:
@@ -65,9 +72,13 @@ def load_pretrained(model: CLIP, found: Pretrained) -> list[str]:
 
     A bias on the logits is left out where the model's loss has none (the softmax does not see it), and kept as it is
     where the weights have none. Position embeddings of another image size or context length are brought to the model's.
+    A model with a text tower of Hugging Face's takes the image tower alone of weights that have another text tower.
     Raises ClipscaleError that says what else differs, and what to choose.
     """
     state, own = dict(found.state), model.state_dict()
+    if isinstance(model.text, HFTextTower) and not found.of_hf_text:
+        kept = {name: tensor for name, tensor in own.items() if not name.startswith("visual.")}
+        state = kept | {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
     if BIAS not in own:
         state.pop(BIAS, None)
     elif BIAS not in state:
@@ -77,6 +88,29 @@ def load_pretrained(model: CLIP, found: Pretrained) -> list[str]:
     _check_told(model, found)
     model.load_state_dict(state)
     return resized
+
+
+def read_text_tower(tower: HFTextTower, name: str) -> State:
+    """Weights for ``tower.transformer`` of the Hugging Face model ``name``, a directory or one of the hub.
+
+    They are read from safetensors, or as tensors only. Raises ConfigError when they cannot be had, or some are missing.
+    """
+    setting, instead = f"model.text.hf={name}", "model.text.hf_pretrained=false starts without them"
+    try:
+        with quiet_transformers():
+            found, report = hf_class(tower.transformer.config).from_pretrained(
+                _download(name), dtype=torch.float32, trust_remote_code=False, weights_only=True, local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
+        state: State = text_part(found).state_dict()
+        missing = sorted({name for name in report["missing_keys"] if name in state})
+        if missing:
+            raise ClipscaleError(f"it has no weights for {missing[0]} and {len(missing) - 1} more; {instead}")
+    except ClipscaleError as error:
+        raise ConfigError(f"{setting}: {error}") from None
+    except Exception as error:
+        raise ConfigError(f"{setting}: its weights cannot be read: {str(error).splitlines()[0]}; {instead}") from None
+    return state
 
 
 # ---- what differs ---------------------------------------------------------------------------------------------------
@@ -139,12 +173,15 @@ def _short(value: Any) -> str:
 def tell(model: CLIP) -> dict[str, Any]:
     """What the weights of ``model`` do not show: values of ``model.*`` keys, without that prefix."""
     config = model.config
-    told = {
+    told: dict[str, Any] = {
         "activation": config.activation.value,
         "mean": list(config.mean),
         "std": list(config.std),
-        "text.heads": config.text.heads,
     }
+    if isinstance(model.text, HFTextTower):
+        told["text.hf_pool"] = model.text.pool.value
+    else:
+        told["text.heads"] = config.text.heads
     blocks = getattr(model.visual.trunk, "blocks", None)
     if blocks is not None and hasattr(blocks[0], "attn"):
         told["vision.heads"] = blocks[0].attn.num_heads
@@ -169,7 +206,7 @@ def _open_clip(where: str) -> Pretrained:
     try:
         model = open_clip.create_model(name, pretrained=tag)
     except Exception as error:
-        raise _unavailable(error) from None
+        raise unavailable(error) from None
     finally:
         logging.disable(logging.NOTSET)
     images = model.visual.preprocess_cfg
@@ -188,21 +225,11 @@ def activation_of(name: str, tag: str) -> str:
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
     weights = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
-    try:
-        place = Path(snapshot_download(name, allow_patterns=[HF_CONFIG, HF_IMAGES, *weights]))
-        if not any(place.glob("*.safetensors")):
-            place = Path(snapshot_download(name, allow_patterns=[HF_CONFIG, HF_IMAGES, "pytorch_model.bin"]))
-    except Exception as error:
-        raise _unavailable(error) from None
+    place = fetch(name, [HF_CONFIG, HF_IMAGES, *weights])
+    if not any(place.glob("*.safetensors")):
+        place = fetch(name, [HF_CONFIG, HF_IMAGES, "pytorch_model.bin"])
     return place
-
-
-def _unavailable(error: Exception) -> ClipscaleError:
-    first = (str(error) or type(error).__name__).strip().splitlines()[0]
-    return ClipscaleError(f"it cannot be downloaded here ({first}); give the path of a copy instead")
 
 
 def _directory(where: str, path: Path) -> Pretrained:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from clipscale.config.data import Builtin, Data
+from clipscale.config.model import Text
 from clipscale.config.optim import Loss, LossName
 from clipscale.config.schema import Config
 from clipscale.errors import ConfigError
@@ -31,7 +32,7 @@ def usable_processes(streams: int, world: int) -> int:
 
 def validate(config: Config) -> None:
     """Check that this configuration can be run. Raises ConfigError that lists all that is wrong."""
-    checks = (_sizes, _batch, _microbatches, _data, _loss, _training)
+    checks = (_sizes, _batch, _microbatches, _data, _text, _loss, _training)
     found = [mistake for check in checks for mistake in check(config)]
     if len(found) == 1:
         raise ConfigError(found[0])
@@ -66,6 +67,7 @@ def _sizes(config: Config) -> Iterator[str]:
         model__text__width=config.model.text.width,
         model__text__layers=config.model.text.layers,
         model__text__vocab_size=config.model.text.vocab_size,
+        model__text__norm_eps=config.model.text.norm_eps,
     )
     vision = config.model.vision
     given = {"patch_size": vision.patch_size, "width": vision.width, "layers": vision.layers}
@@ -131,6 +133,24 @@ def _data(config: Config) -> Iterator[str]:
             f"tokenizer.context_length={length} exceeds model.context_length={config.model.context_length}; "
             f"use tokenizer.context_length=null or model.context_length={length}"
         )
+
+
+def _text(config: Config) -> Iterator[str]:
+    text, tokenizer = config.model.text, config.tokenizer.name
+    if text.hf is None:
+        for key in ("hf_pretrained", "hf_pool", "hf_proj"):
+            value = getattr(text, key)
+            if value != getattr(Text, key):
+                yield f"model.text.{key}={getattr(value, 'value', value)} has no effect without model.text.hf=NAME"
+    elif not text.hf:
+        yield "model.text.hf='' is no name; null is our own text tower"
+    elif tokenizer == "clip":
+        yield (
+            f"tokenizer.name=clip is CLIP's, model.text.hf={text.hf} reads the tokens of its own; use "
+            f"tokenizer.name=hf:{text.hf}"
+        )
+    if tokenizer in ("", "hf:"):
+        yield f"tokenizer.name={tokenizer} is no name; e.g. tokenizer.name=clip or tokenizer.name=hf:ORGANISATION/NAME"
 
 
 def _negatives(data: Data) -> Iterator[str]:
@@ -216,4 +236,9 @@ def _training(config: Config) -> Iterator[str]:
     if config.model.text.heads < 1 or config.model.text.width % config.model.text.heads:
         yield (
             f"model.text.width={config.model.text.width} is not divisible by model.text.heads={config.model.text.heads}"
+        )
+    if not 0 <= config.model.text.pad_id < config.model.text.vocab_size:
+        yield (
+            f"model.text.pad_id={config.model.text.pad_id} is no token: model.text.vocab_size="
+            f"{config.model.text.vocab_size}"
         )
