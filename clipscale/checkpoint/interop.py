@@ -55,7 +55,9 @@ def from_open_clip(state: Mapping[str, torch.Tensor]) -> State:
 def to_open_clip(state: Mapping[str, torch.Tensor]) -> State:
     """Weights of a clipscale model under the names of open_clip's ``CLIP``; OpenAI's are the same.
 
-    Where the text projection has a bias, as in SigLIP, they are those of its ``CustomTextCLIP``. Raises ClipscaleError for names that are not those of a clipscale model.
+    Where the text projection has a bias, as in SigLIP, they are those of its ``CustomTextCLIP``.
+
+    Raises ClipscaleError for names that are not those of a clipscale model.
     """
     if is_clip_vit(state):
         tower = _OPEN_CLIP_VIT
@@ -95,19 +97,19 @@ def to_hf(state: Mapping[str, torch.Tensor]) -> State:
                 "loss=siglip; use open_clip's format"
             )
         return _join_probe(_split(_rename(state, (*_HF, *_HF_SIGLIP), to_ours=False)))
+    if biased:
+        raise ClipscaleError("Hugging Face's CLIPModel has no logit_bias, which this model has; use open_clip's format")
     if not is_clip_vit(state):
         raise ClipscaleError(
             "Hugging Face's CLIPModel and SiglipModel have no image tower but CLIP's ViT and SigLIP's, and this is "
             "another; use open_clip's format"
         )
-    if biased:
-        raise ClipscaleError("Hugging Face's CLIPModel has no logit_bias, which this model has; use open_clip's format")
     return _split(_rename(state, (*_HF, *_HF_CLIP), to_ours=False))
 
 
 def is_siglip(state: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a clipscale state dict has SigLIP's towers: a ViT that pools by attention and is not projected, and a text
-    projection with a bias."""
+    """Whether a clipscale state dict has SigLIP's towers: a ViT that pools by attention, whose result is not projected,
+    and a text projection with a bias."""
     return {"visual.trunk.attn_pool.latent", "text.proj.bias"} <= state.keys() and "visual.proj.weight" not in state
 
 
