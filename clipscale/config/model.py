@@ -157,6 +157,11 @@ class Init:
     resumed."""
 
 
+def text_activation(model: Model) -> Activation:
+    """That of the text tower."""
+    return model.text.activation or model.activation
+
+
 def model_summary(model: Any) -> str:
     """One line for logs: name, image size, context length, width of the shared space."""
     return f"{model.name} (image {model.vision.image_size}, context {model.context_length}, dim {model.embed_dim})"
