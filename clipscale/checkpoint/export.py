@@ -77,6 +77,11 @@ def _open_clip_tower(model: CLIP) -> dict[str, Any]:
             width=2 * trunk.stem.conv1.conv.out_channels,
             head_width=trunk.head.head_dim,
         )
+    if vision.pool is not None:
+        raise ClipscaleError(
+            f"open_clip cannot be told of model.vision.pool={vision.pool.value} with model.vision.timm={vision.timm}; "
+            "use --to safetensors"
+        )
     if vision.timm.startswith("vit_") and (
         model.config.activation is Activation.quickgelu or vision.patch_size or vision.width or vision.layers
     ):

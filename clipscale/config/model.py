@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from clipscale.config.fields import fixed, group
+from clipscale.config.fields import event, fixed, group
 
 
 class Activation(Enum):
@@ -22,6 +22,14 @@ class ResizeMode(Enum):
     shortest = "shortest"  # the shorter side fits, the longer one is cut
     longest = "longest"  # the longer side fits, the rest is white
     squash = "squash"  # both sides fit, the proportions are lost
+
+
+class Pool(Enum):
+    """What a ViT makes one vector of its tokens by."""
+
+    token = "token"  # the class token
+    avg = "avg"  # mean of the patches
+    map = "map"  # attention with a learned query
 
 
 @dataclass
@@ -42,8 +50,18 @@ class Vision:
     """Depth of a ViT; null keeps the architecture's own."""
     heads: int | None = fixed(None)
     """Attention heads of a ViT; null keeps the architecture's own."""
+    pool: Pool | None = fixed(None)
+    """How a ViT is pooled: at its class `token`, by the mean of its patches (`avg`) or by attention (`map`); null keeps
+    the architecture's own."""
     drop_path: float = fixed(0.0)
-    """Stochastic depth rate."""
+    """Stochastic depth rate of the last block; earlier ones have less, in proportion to their depth."""
+    patch_dropout: float = event(0.0)
+    """Share of the patches of a ViT that training leaves out, others for each sample (FLIP: 0.5 or 0.75); class and
+    register tokens stay."""
+
+    def kept_patches(self, patches: int) -> int:
+        """How many of a ViT's ``patches`` training computes; the same of every image."""
+        return max(1, int(patches * (1 - self.patch_dropout)))
 
 
 @dataclass

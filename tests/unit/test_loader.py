@@ -83,7 +83,7 @@ def test_a_batch_is_cut_into_microbatches(
     assert [int(part.text_lengths.sum()) for part in parts] == [len(part.text_ids) for part in parts]
     joined = Batch.concatenate(parts)
     assert joined.keys == batch.keys
-    for name in ("images", "text_ids", "text_lengths"):
+    for name in ("images", "text_ids", "text_lengths", "seeds"):
         assert torch.equal(getattr(joined, name), getattr(batch, name)), name
 
 
