@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from clipscale.config.data import LongCaption
 from clipscale.data.augment import change_colors
-from clipscale.data.captions import clean_caption, from_random_sentence
+from clipscale.data.captions import KEPT_TOKENS, clean_caption, from_random_sentence
 from clipscale.data.embeddings import StoredTeacher
 from clipscale.data.order import KeyedRandom, mix
 from clipscale.data.samples import (
@@ -160,8 +161,11 @@ class Preparer:
 
     def _encode(self, caption: str, random: KeyedRandom) -> tuple[NDArray[np.int32], bool]:
         ids, cut = self.tokenizer.encode(caption)
-        if cut and self.options.long_caption is LongCaption.random_sentence:
+        part = self.options.long_caption
+        if cut and part is LongCaption.random_sentence:
             ids, _ = self.tokenizer.encode(from_random_sentence(caption, random))
+        elif cut and part in KEPT_TOKENS:
+            ids, _ = self.tokenizer.encode(caption, partial(KEPT_TOKENS[part], random))
         return ids, cut
 
     def _cut(self, data: bytes, random: KeyedRandom) -> torch.Tensor:
