@@ -107,6 +107,11 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
             width=2 * trunk.stem.conv1.conv.out_channels,
             head_width=trunk.head.head_dim,
         )
+    if vision.pool is not None:
+        raise ClipscaleError(
+            f"open_clip cannot be told of model.vision.pool={vision.pool.value} with model.vision.timm={vision.timm}; "
+            "use --to safetensors"
+        )
     if vision.timm.startswith("vit_") and not _is_timms_own(model):
         raise ClipscaleError(
             f"open_clip cannot be told of another size or activation of model.vision.timm={vision.timm}; use --to "
