@@ -66,6 +66,7 @@ def _sizes(config: Config) -> Iterator[str]:
         model__text__width=config.model.text.width,
         model__text__layers=config.model.text.layers,
         model__text__vocab_size=config.model.text.vocab_size,
+        model__text__norm_eps=config.model.text.norm_eps,
     )
     vision = config.model.vision
     given = {"patch_size": vision.patch_size, "width": vision.width, "layers": vision.layers}
@@ -216,4 +217,9 @@ def _training(config: Config) -> Iterator[str]:
     if config.model.text.heads < 1 or config.model.text.width % config.model.text.heads:
         yield (
             f"model.text.width={config.model.text.width} is not divisible by model.text.heads={config.model.text.heads}"
+        )
+    if not 0 <= config.model.text.pad_id < config.model.text.vocab_size:
+        yield (
+            f"model.text.pad_id={config.model.text.pad_id} is no token: model.text.vocab_size="
+            f"{config.model.text.vocab_size}"
         )

@@ -1,7 +1,9 @@
-"""CLIP's initialisation, drawn parameter by parameter.
+"""CLIP's initialisation and SigLIP's, drawn parameter by parameter.
 
 Every parameter has a generator seeded by its own name, so that the same seed gives the same model on one CPU and on
-512 GPUs, however it is sharded. Values follow section 2.5 of the CLIP paper and its reference implementation.
+512 GPUs, however it is sharded. Values follow section 2.5 of the CLIP paper and its reference implementation; for text
+towers that are not causal and ViTs that pool by attention, SigLIP's (google-research/big_vision: ``vit.py``,
+``text_transformer.py``).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import zlib
 from typing import TYPE_CHECKING
 
 import torch
+from timm.layers.attention_pool2d import AttentionPool2d
 from torch import nn
 
 if TYPE_CHECKING:
@@ -18,22 +21,27 @@ if TYPE_CHECKING:
 
 
 def initialize(model: CLIP, seed: int) -> None:
-    """Set the weights of the text tower, the projections, and of CLIP's own ViTs and ResNets.
+    """Set the weights of the text tower, the projections, and of ViTs and CLIP's own ResNets.
 
     Other timm architectures keep the initialisation that timm gave them.
     """
     layers, width = len(model.text.blocks), model.text.norm.normalized_shape[0]
     is_vit = hasattr(model.visual.trunk, "patch_embed") and hasattr(model.visual.trunk, "blocks")
-    is_clip_resnet = isinstance(model.visual.proj, nn.Identity)
+    is_clip_resnet = isinstance(getattr(model.visual.trunk, "head", None), AttentionPool2d)
+    pools_by_attention = hasattr(getattr(model.visual.trunk, "attn_pool", None), "latent")
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
         tower, _, inner = name.partition(".")
         drawn: tuple[str, float] | None = None
-        if tower == "text":
+        if tower == "text" and (inner.startswith("attn_pool.") or not model.config.text.causal):
+            drawn = _siglip(inner, leaf, parameter)
+        elif tower == "text":
             drawn = _text(inner, leaf, width, layers)
         elif name == "visual.proj.weight":
             drawn = ("normal", parameter.shape[1] ** -0.5)
+        elif inner.startswith("trunk.") and is_vit and pools_by_attention:
+            drawn = _siglip(inner.removeprefix("trunk."), leaf, parameter)
         elif inner.startswith("trunk.") and is_vit:
             drawn = _vit(inner.removeprefix("trunk."), leaf, parameter)
         elif inner.startswith("trunk.") and is_clip_resnet:
@@ -96,6 +104,24 @@ def _vit(inner: str, leaf: str, parameter: nn.Parameter) -> tuple[str, float] | 
         return ("constant", 0.0)
     if leaf == "weight" and parameter.ndim > 1:  # PyTorch's default for linear and convolution
         return ("uniform", parameter[0].numel() ** -0.5)
+    return None
+
+
+def _siglip(inner: str, leaf: str, parameter: nn.Parameter) -> tuple[str, float] | None:
+    """Both towers: Xavier in the blocks, query, key and value each for itself; LeCun around them."""
+    if (norm := _norm_or_none(leaf, inner)) is not None:
+        return norm
+    if inner == "attn_pool.latent":
+        return ("uniform", math.sqrt(6 / (1 + parameter.shape[-1])))
+    if inner in ("token_embedding.weight", "positional_embedding", "pos_embed"):
+        return ("normal", parameter.shape[-1] ** -0.5)
+    if inner in ("proj.weight", "patch_embed.proj.weight"):
+        return ("normal", parameter[0].numel() ** -0.5)
+    if leaf == "bias":
+        return ("normal", 1e-6) if ".fc" in inner else ("constant", 0.0)
+    if leaf == "weight" and parameter.ndim == 2:
+        outputs, inputs = parameter.shape
+        return ("uniform", math.sqrt(6 / (inputs + (outputs if ".fc" in inner else inputs))))
     return None
 
 

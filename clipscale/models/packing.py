@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +19,24 @@ STEP = 8  # tokens; lengths are rounded up to a multiple of it, so that few grou
 class Packing:
     """How B captions lie in one tensor of T tokens: sorted by length, those of a group equally long.
 
-    A group is padded to its longest caption, with tokens that no later one asks for: attention is causal, and captions
-    are pooled at their last token. It is made from lengths on the host, so nothing waits for the device.
+    A group is padded to its longest caption, with tokens that none of the caption sees and no pooling asks for. It is
+    made from lengths on the host, so nothing waits for the device.
     """
 
     groups: tuple[tuple[int, int], ...]
     """``(captions, tokens each)`` of every group, in order."""
     real: int
-    """Tokens of all captions, padding not counted."""
+    """Tokens that are given: of all captions, padding not counted."""
     exact: bool
-    """Whether there is no padding at all."""
+    """Whether there is no padding that must be hidden."""
     tokens: torch.Tensor
-    """Int[T], which of the captions' ids, laid end to end, stands at each place."""
+    """Int[T], which of the captions' ids, laid end to end, stands at each place; ``real`` is the id that fills."""
     positions: torch.Tensor
     """Int[T], the place of each token in its caption."""
     ends: torch.Tensor
     """Int[B], where each caption's last token lies."""
     lengths: torch.Tensor
-    """Int[B], the captions' own lengths, in the order in which they lie."""
+    """Int[B], the lengths of the captions, filled or not, in the order in which they lie."""
     places: torch.Tensor
     """Int[B], which of the captions as they lie is the first, the second, … that was given."""
     bounds: torch.Tensor
@@ -58,12 +59,37 @@ class Packing:
         groups = tuple(zip(counts.tolist(), sizes.tolist(), strict=True)) or ((0, 1),)
         ends = bounds[:-1] + lengths - 1
         made = _to(device, [tokens, positions, ends, lengths, order.argsort(), bounds.int()])
-        return Packing(groups, int(lengths.sum()), exact, *made)
+        return Packing(groups, int(lengths.sum()), exact or int(bounds[-1]) == int(lengths.sum()), *made)
+
+    @staticmethod
+    def filled(lengths: torch.Tensor, context: int, device: torch.device) -> Packing:
+        """Captions of ``lengths`` Int[B], each filled up to ``context`` tokens, which are computed as any other."""
+        lengths = lengths.cpu().long()
+        count, real = len(lengths), int(lengths.sum())
+        positions = torch.arange(context).expand(count, context)
+        begins = (lengths.cumsum(0) - lengths)[:, None]
+        tokens = torch.where(positions < lengths[:, None], begins + positions, real).flatten()
+        bounds = torch.arange(count + 1) * context
+        ends, whole = bounds[1:] - 1, torch.full((count,), context)
+        made = _to(device, [tokens, positions.flatten(), ends, whole, torch.arange(count), bounds.int()])
+        return Packing(((count, context),), real, True, *made)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest caption."""
         return self.groups[-1][1]
+
+    @cached_property
+    def seen(self) -> tuple[torch.Tensor | None, ...]:
+        """Of every group, which tokens are no padding, Bool[captions, 1, 1, tokens each], or None if all are: a mask
+        for attention that is not causal."""
+        if self.exact:
+            return (None,) * len(self.groups)
+        lengths = self.lengths.split([count for count, _ in self.groups])
+        return tuple(
+            (torch.arange(size, device=own.device) < own[:, None])[:, None, None]
+            for own, (_, size) in zip(lengths, self.groups, strict=True)
+        )
 
     def split(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """Views of Float[T, …], one per group: Float[captions, tokens each, …]."""
@@ -78,21 +104,24 @@ def _to(device: torch.device, tensors: list[torch.Tensor]) -> Iterator[torch.Ten
     return (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
 
 
-def attend(qkv: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Causal attention of every caption to itself: Float[T, 3, heads, E] to Float[T, heads, E]."""
-    if has_kernel(qkv.device, qkv.dtype, qkv.shape[-1]):
+def attend(qkv: torch.Tensor, packing: Packing, *, causal: bool) -> torch.Tensor:
+    """Attention of every caption to itself: Float[T, 3, heads, E] to Float[T, heads, E]."""
+    # Padding follows its caption: where attention is causal, no token sees it.
+    if (causal or packing.exact) and has_kernel(qkv.device, qkv.dtype, qkv.shape[-1]):
         bounds, longest = packing.bounds, packing.longest
         q, k, v = qkv.unbind(1)
-        return _varlen(q, k, v, (bounds, bounds), (longest, longest), causal=True)
+        return _varlen(q, k, v, (bounds, bounds), (longest, longest), causal=causal)
     found = []
-    for part in packing.split(qkv):
+    seen = (None,) * len(packing.groups) if causal else packing.seen
+    for part, mask in zip(packing.split(qkv), seen, strict=True):
         q, k, v = part.permute(2, 0, 3, 1, 4)
-        found.append(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        found.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(found)
 
 
-def attend_from_ends(q: torch.Tensor, kv: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Attention of every caption's last token to the caption: Float[B, heads, E] and Float[T, 2, heads, E] to
+def attend_from(q: torch.Tensor, kv: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Attention of one query per caption to all of the caption: Float[B, heads, E] and Float[T, 2, heads, E] to
     Float[B, heads, E]."""
     if packing.exact and has_kernel(q.device, q.dtype, q.shape[-1]):
         each = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
@@ -100,12 +129,21 @@ def attend_from_ends(q: torch.Tensor, kv: torch.Tensor, packing: Packing) -> tor
         return _varlen(q, k, v, (each, packing.bounds), (1, packing.longest), causal=False)
     found = []
     counts = [count for count, _ in packing.groups]
-    for mine, part, lengths in zip(q.split(counts), packing.split(kv), packing.lengths.split(counts), strict=True):
+    for mine, part, mask in zip(q.split(counts), packing.split(kv), packing.seen, strict=True):
         k, v = part.permute(2, 0, 3, 1, 4)
-        # Here nothing is causal, so the group's padding has to be hidden.
-        real = torch.arange(part.shape[1], device=q.device) < lengths[:, None]
-        found.append(F.scaled_dot_product_attention(mine[:, :, None], k, v, attn_mask=real[:, None, None]).squeeze(2))
+        found.append(F.scaled_dot_product_attention(mine[:, :, None], k, v, attn_mask=mask).squeeze(2))
     return torch.cat(found)
+
+
+def mean(x: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Mean over every caption's tokens: Float[T, d] to Float[B, d], at least in fp32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    # Segments of the caption and of its padding by turns; the sum of none is 0.
+    padding = packing.bounds.diff() - packing.lengths
+    segments = torch.stack([packing.lengths, padding], dim=1).flatten()
+    # Unchecked: to look at lengths would wait for the device.
+    sums = torch.segment_reduce(x, "sum", lengths=segments, unsafe=True)
+    return sums[::2] / packing.lengths[:, None]
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:

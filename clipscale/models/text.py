@@ -1,4 +1,5 @@
-"""The text tower: a causal transformer pooled at the end-of-text token (CLIP paper, section 2.4)."""
+"""The text tower: a transformer, causal and pooled at the end-of-text token (CLIP paper, section 2.4), or one that sees
+all of a caption; and other ways to pool it (SigLIP)."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clipscale.config.model import Activation, Text
-from clipscale.models.packing import Packing, attend, attend_from_ends, has_kernel
+from clipscale.config.model import Activation, Text, TextPool
+from clipscale.models.packing import Packing, attend, attend_from, has_kernel, mean
 
 
 class QuickGELU(nn.Module):
@@ -17,18 +18,26 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-class Attention(nn.Module):
-    """Causal multi-head self-attention within packed captions."""
+def _activation(kind: Activation) -> nn.Module:
+    if kind is Activation.quickgelu:
+        return QuickGELU()
+    return nn.GELU(approximate="tanh" if kind is Activation.gelu_tanh else "none")
 
-    def __init__(self, width: int, heads: int) -> None:
+
+class Attention(nn.Module):
+    """Multi-head self-attention within packed captions."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Float[T, d] of Float[T, d]."""
-        return self.proj(attend(self.qkv(x).unflatten(-1, (3, self.heads, -1)), packing).flatten(1))
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        return self.proj(attend(qkv, packing, causal=self.causal).flatten(1))
 
     def of_ends(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         """The rows of the captions' last tokens, Float[B, d], of Float[T, d]."""
@@ -36,7 +45,7 @@ class Attention(nn.Module):
         ends = x.index_select(0, packing.ends)
         q = F.linear(ends, self.qkv.weight[:width], self.qkv.bias[:width]).unflatten(-1, (self.heads, -1))
         kv = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).unflatten(-1, (2, self.heads, -1))
-        return self.proj(attend_from_ends(q, kv, packing).flatten(1))
+        return self.proj(attend_from(q, kv, packing).flatten(1))
 
 
 class Mlp(nn.Module):
@@ -45,7 +54,7 @@ class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, activation: Activation) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
-        self.act = QuickGELU() if activation is Activation.quickgelu else nn.GELU()
+        self.act = _activation(activation)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -55,15 +64,15 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block over packed captions.
 
-    The last one is ``pooled``: of its output only the captions' last tokens are asked for, so it computes no other.
+    The last one may be ``pooled``: of its output only the captions' last tokens are asked for, so it computes no other.
     """
 
     def __init__(self, config: Text, activation: Activation, pooled: bool) -> None:
         super().__init__()
         self.pooled = pooled
-        self.norm1 = nn.LayerNorm(config.width)
-        self.attn = Attention(config.width, config.heads)
-        self.norm2 = nn.LayerNorm(config.width)
+        self.norm1 = nn.LayerNorm(config.width, config.norm_eps)
+        self.attn = Attention(config.width, config.heads, config.causal)
+        self.norm2 = nn.LayerNorm(config.width, config.norm_eps)
         self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio), activation)
 
     def forward(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
@@ -75,24 +84,52 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class AttentionPool(nn.Module):
+    """Attention of a learned probe to a caption's tokens, and an MLP: SigLIP's pool of image tokens, for text.
+
+    Its parameters have the names of timm's ``AttentionPoolLatent``.
+    """
+
+    def __init__(self, config: Text, activation: Activation) -> None:
+        super().__init__()
+        self.heads, width = config.heads, config.width
+        self.latent = nn.Parameter(torch.empty(1, 1, width))
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, config.norm_eps)
+        self.mlp = Mlp(width, int(width * config.mlp_ratio), activation)
+
+    def forward(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Float[B, d] of Float[T, d]."""
+        q = self.q(self.latent[0]).unflatten(-1, (self.heads, -1)).expand(len(packing.places), -1, -1)
+        x = self.proj(attend_from(q, self.kv(x).unflatten(-1, (2, self.heads, -1)), packing).flatten(1))
+        return x + self.mlp(self.norm(x))
+
+
 class TextTower(nn.Module):
     """Captions to Float[B, D].
 
-    Attention is causal and a caption is pooled at its last token, so whatever follows it cannot matter: captions are
-    computed as they are packed, which equals padding them to the context length.
+    Padding that a caption does not see cannot matter: captions are computed as they are packed, which equals padding
+    them to the context length. Where the model is one that sees its padding (``model.text.pad_to_context``), captions
+    are filled up here, and come without.
     """
 
     def __init__(self, config: Text, context_length: int, embed_dim: int, activation: Activation) -> None:
         super().__init__()
+        self.config = config
         self.context_length = context_length
         self.eot_id = config.eot_id
         self.head_width = config.width // config.heads
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, config.width))
-        last = config.layers - 1
-        self.blocks = nn.ModuleList(Block(config, activation, pooled=i == last) for i in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-        self.proj = nn.Linear(config.width, embed_dim, bias=False)
+        activation = config.activation or activation
+        # Where all tokens are pooled, the last block computes them all.
+        pooled = config.layers - 1 if config.pool is TextPool.last else None
+        self.blocks = nn.ModuleList(Block(config, activation, pooled=i == pooled) for i in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.attn_pool = AttentionPool(config, activation) if config.pool is TextPool.map else None
+        self.proj = nn.Linear(config.width, embed_dim, bias=config.proj_bias)
 
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor | Packing) -> torch.Tensor:
         """Features of packed captions: ``ids`` Int[T], all captions end to end, and ``lengths`` Int[B].
@@ -103,11 +140,19 @@ class TextTower(nn.Module):
         packing = lengths if isinstance(lengths, Packing) else self.packing(lengths)
         if packing.real != len(ids):
             raise ValueError(f"the captions have {packing.real} tokens by their lengths, but there are {len(ids)}")
+        if self.config.pad_to_context:
+            ids = F.pad(ids, (0, 1), value=self.config.pad_id)
         x = self.token_embedding(ids.index_select(0, packing.tokens))
         x = x + F.embedding(packing.positions, self.positional_embedding)
         for block in self.blocks:
             x = block(x, packing)
-        return self.proj(self.norm(x)).index_select(0, packing.places)
+        return self.proj(self._pool(self.norm(x), packing)).index_select(0, packing.places)
+
+    def _pool(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Float[B, d] of what the last block gave, normalised."""
+        if self.attn_pool is not None:
+            return self.attn_pool(x, packing)
+        return mean(x, packing) if self.config.pool is TextPool.mean else x
 
     def packing(self, lengths: torch.Tensor) -> Packing:
         """How captions of ``lengths`` Int[B], on the host, are computed here, in the autocast context of this moment.
@@ -123,6 +168,8 @@ class TextTower(nn.Module):
         device, dtype = self.positional_embedding.device, self.positional_embedding.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
+        if self.config.pad_to_context:
+            return Packing.filled(lengths, self.context_length, device)
         return Packing.of(lengths, device, exact=has_kernel(device, dtype, self.head_width))
 
     def pack(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

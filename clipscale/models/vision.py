@@ -7,11 +7,14 @@ from typing import Any
 import timm
 import torch
 from timm.layers.attention_pool2d import AttentionPool2d
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from clipscale.config.model import Activation, Model
+from clipscale.config.model import Activation, ImageProjection, Model
 from clipscale.errors import ConfigError
 from clipscale.models.vit import compute_what_counts
+
+TIMM_ACTIVATIONS = {Activation.gelu: "gelu", Activation.quickgelu: "quick_gelu", Activation.gelu_tanh: "gelu_tanh"}
 
 
 class VisionTower(nn.Module):
@@ -31,8 +34,16 @@ class VisionTower(nn.Module):
         compute_what_counts(self.trunk)
         # CLIP's ResNets project inside their attention pool, its ViTs with a bias-free matrix after the last norm.
         self.proj: nn.Module = nn.Identity()
-        if not isinstance(getattr(self.trunk, "head", None), AttentionPool2d):
-            self.proj = nn.Linear(int(self.trunk.num_features), config.embed_dim, bias=False)
+        width = int(self.trunk.num_features)
+        if isinstance(getattr(self.trunk, "head", None), AttentionPool2d):
+            pass
+        elif config.vision.proj is ImageProjection.linear:
+            self.proj = nn.Linear(width, config.embed_dim, bias=False)
+        elif width != config.embed_dim:
+            raise ConfigError(
+                f"model.vision.proj=none leaves the image tower's width of {width}, but model.embed_dim="
+                f"{config.embed_dim}; use model.embed_dim={width} or model.vision.proj=linear"
+            )
         for name, values in (("mean", config.mean), ("std", config.std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
 
@@ -42,14 +53,26 @@ class VisionTower(nn.Module):
         return self.proj(self.trunk(images))
 
 
+def trunk_activation(name: str) -> str | None:
+    """The activation that timm gives its ViT ``name`` where it is told of none; None for other architectures.
+
+    One of the values of :class:`clipscale.config.model.Activation`.
+    """
+    with torch.device("meta"):
+        trunk = timm.create_model(name, num_classes=0)
+    if not isinstance(trunk, VisionTransformer):
+        return None
+    kind = type(trunk.blocks[0].mlp.act).__name__.lower()
+    return {"gelutanh": Activation.gelu_tanh, "quickgelu": Activation.quickgelu}.get(kind, Activation.gelu).value
+
+
 def _build_trunk(config: Model) -> Any:
     vision = config.vision
     sizes = dict(patch_size=vision.patch_size, embed_dim=vision.width, depth=vision.layers, num_heads=vision.heads)
     is_vit = vision.timm.startswith("vit_")
     options: dict[str, Any] = {"drop_path_rate": vision.drop_path or None}  # some architectures know no such thing
     if is_vit:
-        quick = config.activation is Activation.quickgelu
-        options |= sizes | {"img_size": vision.image_size, "act_layer": "quick_gelu" if quick else "gelu"}
+        options |= sizes | {"img_size": vision.image_size, "act_layer": TIMM_ACTIVATIONS[config.activation]}
     elif any(value is not None for value in sizes.values()):
         raise ConfigError(
             f"model.vision.timm={vision.timm} is no ViT: leave model.vision.{{patch_size,width,layers,heads}} null"

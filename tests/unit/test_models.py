@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clipscale.config import config_dir, load_group
-from clipscale.config.model import Model
+from clipscale.config.model import ImageProjection, Model, Text, TextPool
 from clipscale.data import tokenizer as tokenizing
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.errors import ConfigError
@@ -92,6 +92,49 @@ def test_initialisation_follows_clip(name: str) -> None:
         assert parameters[key].detach().std().item() == pytest.approx(std, rel=0.05), key
     assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
     assert model.logit_scale.shape == (1,)
+
+
+def siglip() -> Model:
+    """A small one: both towers pool by attention, and what the image tower gives is what is compared."""
+    config = load_group("model", "tiny", Model)
+    config.vision.timm, config.vision.proj = "vit_base_patch16_siglip_224", ImageProjection.none
+    config.text = Text(width=128, layers=2, heads=4, causal=False, pool=TextPool.map, proj_bias=True)
+    return config
+
+
+def test_initialisation_follows_siglip() -> None:
+    """That of Flax's layers: Xavier's uniform numbers in the blocks, query, key and value each alone."""
+    torch.manual_seed(5)
+    model, again = build_model(siglip()), dict(build_model(siglip(), seed=3).named_parameters())
+    attention, mlp, probe = 128**-0.5, (6 / (5 * 128)) ** 0.5 / 3**0.5, (6 / 129) ** 0.5 / 3**0.5
+    expected = {
+        "token_embedding.weight": 128**-0.5, "positional_embedding": 128**-0.5, "pos_embed": 128**-0.5,
+        "patch_embed.proj.weight": (3 * 16 * 16) ** -0.5, "qkv.weight": attention, "attn.proj.weight": attention,
+        "attn_pool.latent": probe, "attn_pool.q.weight": attention, "attn_pool.kv.weight": attention,
+        "attn_pool.proj.weight": attention, "fc1.weight": mlp, "fc2.weight": mlp, "fc1.bias": 1e-6, "fc2.bias": 1e-6,
+        "text.proj.weight": 128**-0.5,
+    }  # fmt: skip
+    seen = set()
+    for name, parameter in model.named_parameters():
+        if name.startswith("temperature"):
+            continue
+        kinds = [kind for kind in expected if name.endswith(kind)]
+        seen.update(kinds)
+        if not kinds:
+            value = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            assert (parameter == value).all(), name
+        else:
+            assert parameter.detach().std().item() == pytest.approx(expected[kinds[0]], rel=0.2), name
+            assert not torch.equal(parameter, again[name]), name
+    assert seen == set(expected)
+
+
+def test_no_projection_needs_the_towers_width() -> None:
+    config = siglip()
+    assert [*CLIP(config).visual.proj.parameters()] == []
+    config.embed_dim = 64
+    with pytest.raises(ConfigError, match=r"width of 128, but model.embed_dim=64; use model.embed_dim=128"):
+        CLIP(config)
 
 
 def test_padding_does_not_matter(tiny: CLIP) -> None:

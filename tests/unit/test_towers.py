@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from clipscale.config import load_group
-from clipscale.config.model import Activation, Model, Text
+from clipscale.config.model import Activation, Model, Text, TextPool
 from clipscale.models import CLIP, build_model
 from clipscale.models.packing import Packing
 from clipscale.models.text import TextTower
@@ -38,8 +39,19 @@ LENGTHS = {
 }
 
 
-def text_tower(dtype: torch.dtype, context: int = 77, layers: int = 3) -> TextTower:
-    config = Text(width=64, layers=layers, heads=4, vocab_size=50, eot_id=49)
+# What a token sees and what is pooled, beside CLIP's way.
+KINDS: dict[str, dict[str, Any]] = {
+    f"{'causal' if causal else 'both-ways'}-{pool.value}{'-filled' if fill else ''}": dict(
+        causal=causal, pool=pool, pad_to_context=fill, pad_id=3, proj_bias=fill, norm_eps=1e-6
+    )
+    for causal in (True, False)
+    for pool in TextPool
+    for fill in (False, True)
+}
+
+
+def text_tower(dtype: torch.dtype, context: int = 77, layers: int = 3, **kind: Any) -> TextTower:
+    config = Text(width=64, layers=layers, heads=4, vocab_size=50, eot_id=49, **kind)
     tower = TextTower(config, context, 32, Activation.gelu).to(dtype)
     randomise(tower)
     return tower
@@ -66,6 +78,55 @@ def test_packed_text_is_the_padded_text(name: str, exact: bool, dtype: str, feat
     found = tower(ids, Packing.of(lengths, torch.device("cpu"), exact=exact))
     assert (found - truth).abs().max() <= features * truth.abs().max()
     assert worst(gradients(found, tower), gradients(truth, tower)) <= gradient
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_text_are_the_padded_text(kind: str) -> None:
+    """Padding is hidden from attention that is not causal and from pooling, or computed where the model sees it."""
+    tower = text_tower(torch.float64, layers=2, **KINDS[kind])
+    for name in ("usual", "one-token", "two-groups"):
+        ids, lengths = draw_captions(LENGTHS[name], 50)
+        truth = padded_text(tower, ids, lengths)
+        expected = gradients(truth, tower)
+        packings = [tower.packing(lengths)]
+        if not tower.config.pad_to_context:
+            packings.append(Packing.of(lengths, torch.device("cpu"), exact=True))
+        for packing in packings:
+            found = tower(ids, packing)
+            assert (found - truth).abs().max() <= 1e-12 * truth.abs().max()
+            assert worst(gradients(found, tower), expected) <= 1e-12
+        alone = torch.cat([tower(one, torch.tensor([len(one)])) for one in ids.split(lengths.tolist())])
+        torch.testing.assert_close(truth, alone, atol=1e-12, rtol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(sorted(KINDS)), st.lists(st.integers(1, 40), min_size=1, max_size=9))
+def test_any_lengths_are_the_padded_text(kind: str, sizes: list[int]) -> None:
+    tower = text_tower(torch.float64, context=40, layers=2, **KINDS[kind])
+    ids, lengths = draw_captions(sizes, 50, seed=sum(sizes))
+    truth = padded_text(tower, ids, lengths)
+    found = tower(ids, lengths)
+    assert (found - truth).abs().max() <= 1e-12 * truth.abs().max()
+    assert worst(gradients(found, tower), gradients(truth, tower)) <= 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_captions_have_gradients_of_every_kind(kind: str) -> None:
+    tower = text_tower(torch.float32, **KINDS[kind])
+    nothing = torch.zeros(0, dtype=torch.int32)
+    features = tower(nothing, nothing)
+    assert features.shape == (0, 32)
+    assert all((g == 0).all() for g in gradients(features, tower))
+
+
+def test_padded_ids_of_a_model_that_sees_its_padding() -> None:
+    """What comes after a caption's end is the model's own padding, whatever the tokenizer put there."""
+    tower = text_tower(torch.float64, context=12, **KINDS["both-ways-last-filled"])
+    ends = torch.tensor([[5, 6, 49], [7, 49, 49]])
+    found = [tower(*tower.pack(F.pad(ends, (0, more), value=fill))) for more, fill in ((9, 3), (4, 0), (0, 0))]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    longer = text_tower(torch.float64, context=13, **KINDS["both-ways-last-filled"])
+    assert not torch.allclose(found[0], longer(*longer.pack(ends)))
 
 
 @settings(max_examples=60, deadline=None)
