@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from clipscale.config.model import TextPool
 from clipscale.errors import ClipscaleError, ConfigError
 from clipscale.models import CLIP
-from clipscale.models.text import TextTower
+from clipscale.models.text import AttentionPool, TextTower
 
 BOUND = 1e-4  # of a unit vector's components
 IMAGE, TEXT = "image.onnx", "text.onnx"
@@ -40,7 +41,7 @@ class TextEncoder(nn.Module):
     """Padded ids Int64[B, L] to Float[B, D] of unit vectors: the text tower's own modules, its captions not packed.
 
     Packing is worked out on the host from the captions' lengths, which a graph cannot do. What follows a caption's end
-    is computed here and left: attention is causal, so it changes nothing before it.
+    is computed here, but the caption does not see it.
     """
 
     def __init__(self, tower: TextTower) -> None:
@@ -48,20 +49,39 @@ class TextEncoder(nn.Module):
         self.tower = tower
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        tower = self.tower
+        tower, config = self.tower, self.tower.config
+        ends = (ids == tower.eot_id).int().argmax(dim=1, keepdim=True)
+        real = torch.arange(ids.shape[1], device=ids.device) <= ends
+        if config.pad_to_context:  # the caption sees what fills it
+            ids = ids.where(real, config.pad_id)
+            ends, real = torch.full_like(ends, ids.shape[1] - 1), torch.ones_like(real)
         x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
+        mask = None if config.causal else real[:, None, None]
         for block in tower.blocks:
-            x = self._block(block, x)
-        ends = (ids == tower.eot_id).int().argmax(dim=1)
-        x = x.gather(1, ends[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
-        return F.normalize(tower.proj(tower.norm(x)), dim=-1)
+            x = self._block(block, x, mask)
+        x = tower.norm(x)
+        if tower.attn_pool is not None:
+            x = self._map(tower.attn_pool, x, real)
+        elif config.pool is TextPool.mean:
+            x = (x * real[:, :, None]).sum(dim=1) / real.sum(dim=1, keepdim=True)
+        else:
+            x = x.gather(1, ends[:, :, None].expand(-1, 1, x.shape[2])).squeeze(1)
+        return F.normalize(tower.proj(x), dim=-1)
 
     @staticmethod
-    def _block(block: Any, x: torch.Tensor) -> torch.Tensor:
+    def _block(block: Any, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + block.attn.proj(attended.transpose(1, 2).flatten(2))
         return x + block.mlp(block.norm2(x))
+
+    @staticmethod
+    def _map(pool: AttentionPool, x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        q = pool.q(pool.latent).unflatten(-1, (pool.heads, -1)).transpose(1, 2).expand(len(x), -1, -1, -1)
+        k, v = pool.kv(x).unflatten(-1, (2, pool.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None])
+        x = pool.proj(attended.squeeze(2).flatten(1))
+        return x + pool.mlp(pool.norm(x))
 
 
 def write_graphs(model: CLIP, out: Path, most_bytes: int = MOST_BYTES) -> dict[str, float]:

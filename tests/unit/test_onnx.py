@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 import clipscale
 from clipscale.apps.export import export
 from clipscale.checkpoint.onnx import TextEncoder, draw_inputs, write_graphs
+from clipscale.config.model import TextPool
 from clipscale.errors import ClipscaleError
 from clipscale.models import build_model
 from tests.peers import SMALL, scramble, small
@@ -68,13 +69,17 @@ def test_every_kind_of_tower(name: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", LENGTHS)
-def test_the_padded_encoder_gives_the_packed_features(name: str) -> None:
-    tower, lengths = text_tower(torch.float64), torch.tensor(LENGTHS[name])
-    ids = torch.randint(0, tower.eot_id, (len(lengths), 77), generator=torch.Generator().manual_seed(0))
-    ids.scatter_(1, lengths[:, None] - 1, tower.eot_id)
-    found, truth = TextEncoder(tower)(ids), normalize(tower(*tower.pack(ids)), dim=-1)
-    torch.testing.assert_close(found, truth, atol=1e-13, rtol=1e-12)
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("pool", TextPool)
+def test_the_padded_encoder_gives_the_packed_features(pool: TextPool, causal: bool, filled: bool) -> None:
+    tower = text_tower(torch.float64, layers=2, pool=pool, causal=causal, pad_to_context=filled, pad_id=7)
+    for sizes in (LENGTHS["usual"], LENGTHS["one-token"], LENGTHS["full"]):
+        lengths = torch.tensor(sizes)
+        ids = torch.randint(0, tower.eot_id, (len(lengths), 77), generator=torch.Generator().manual_seed(0))
+        ids.scatter_(1, lengths[:, None] - 1, tower.eot_id)
+        found, truth = TextEncoder(tower)(ids), normalize(tower(*tower.pack(ids)), dim=-1)
+        torch.testing.assert_close(found, truth, atol=1e-13, rtol=1e-12)
 
 
 def test_captions_drawn_for_the_comparison_have_one_end() -> None:
