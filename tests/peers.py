@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import open_clip
 import pytest
+import timm
 import torch
+from timm.models import register_model
 
 from clipscale.config import load_group
-from clipscale.config.model import Model
+from clipscale.config.model import Activation, ImageProjection, Model, ResizeMode, Text, Vision
 from clipscale.models import CLIP
+from clipscale.models.vision import TIMM_ACTIVATIONS
 
 # Small ones of each kind of image tower, as open_clip says them and as we do.
 SMALL: dict[str, dict[str, Any]] = {
@@ -43,7 +47,9 @@ def small(name: str) -> tuple[CLIP, Any]:
     config.vision.image_size, config.embed_dim, config.context_length = 64, 128, 32
     config.text.width, config.text.layers, config.text.heads = 128, 2, 4
     text = dict(context_length=32, vocab_size=49408, width=128, heads=4, layers=2)
-    other = open_clip.CLIP(128, vision, text, quick_gelu=name.endswith("quickgelu")).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        other = open_clip.CLIP(128, vision, text, quick_gelu=name.endswith("quickgelu")).eval()
     scramble(other)
     return CLIP(config).eval(), other
 
@@ -65,6 +71,79 @@ def hf_model(activation: str = "quick_gelu") -> Any:
     model = transformers.CLIPModel(config).eval()
     scramble(model)
     return model
+
+
+@register_model
+def vit_small_patch16_siglip_64(pretrained: bool = False, **options: Any) -> torch.nn.Module:
+    """SigLIP's image tower in a small size: open_clip can be told of one by a name alone, and timm has none."""
+    sizes = dict(img_size=64, embed_dim=128, depth=3, num_heads=4)
+    return timm.create_model("vit_base_patch16_siglip_224", pretrained=pretrained, **sizes | options)
+
+
+def siglip_config() -> Model:
+    """Of a small SigLIP: it sees a caption both ways, with its padding, whose id is also that of the end."""
+    return Model(
+        name="siglip_small", embed_dim=128, context_length=16, mean=[0.5] * 3, std=[0.5] * 3,
+        vision=Vision(
+            timm="vit_small_patch16_siglip_64", image_size=64, proj=ImageProjection.none, resize_mode=ResizeMode.squash
+        ),
+        text=Text(
+            width=128, layers=2, heads=4, vocab_size=300, eot_id=1, causal=False, pad_to_context=True, pad_id=1,
+            proj_bias=True, norm_eps=1e-6,
+        ),
+    )  # fmt: skip
+
+
+def open_clip_siglip(config: Model, **of_vision: Any) -> Any:
+    """open_clip's SigLIP of the sizes of ours, with scrambled weights."""
+    text = config.text
+    act_kwargs = {"approximate": "tanh"} if (text.activation or config.activation) is Activation.gelu_tanh else None
+    model = open_clip.CustomTextCLIP(
+        config.embed_dim,
+        dict(
+            image_size=config.vision.image_size, timm_model_name=config.vision.timm, timm_pool="map", timm_proj="none",
+        ) | of_vision,
+        dict(
+            context_length=config.context_length, vocab_size=text.vocab_size, width=text.width, heads=text.heads,
+            layers=text.layers, mlp_ratio=text.mlp_ratio, no_causal_mask=True, proj_bias=True, pool_type="last",
+            norm_kwargs={"eps": 1e-6}, act_kwargs=act_kwargs,
+        ),
+        init_logit_scale=math.log(10), init_logit_bias=-10.0,
+    ).eval()  # fmt: skip
+    scramble(model)
+    _lean(model.visual.trunk.attn_pool.mlp.fc2.bias, model.text.text_projection.bias)
+    return model
+
+
+def hf_siglip(config: Model) -> Any:
+    """Hugging Face's SiglipModel of the sizes of ours, with scrambled weights."""
+    transformers = pytest.importorskip("transformers")
+    text, image = config.text, TIMM_ACTIVATIONS[config.activation].replace("gelu_tanh", "gelu_pytorch_tanh")
+    sizes = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4)
+    there = transformers.SiglipConfig(
+        text_config=dict(
+            **sizes, vocab_size=text.vocab_size, num_hidden_layers=text.layers,
+            max_position_embeddings=config.context_length, projection_size=config.embed_dim, hidden_act=image,
+            bos_token_id=0, eos_token_id=text.eot_id, pad_token_id=text.pad_id,
+        ),
+        vision_config=dict(**sizes, num_hidden_layers=3, image_size=64, patch_size=16, hidden_act=image),
+    )  # fmt: skip
+    model = transformers.SiglipModel(there).eval()
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(10))
+        model.logit_bias.fill_(-10)
+    scramble(model)
+    _lean(model.vision_model.head.mlp.fc2.bias, model.text_model.head.bias)
+    return model
+
+
+@torch.no_grad()
+def _lean(image: torch.Tensor, text: torch.Tensor) -> None:
+    """Turn the features of both towers into one direction: of similarities that are zero but for rounding, so would be
+    the gradient of what multiplies them."""
+    direction = torch.randn(image.shape, generator=torch.Generator().manual_seed(2))
+    image += direction
+    text += direction
 
 
 def assert_same_features(

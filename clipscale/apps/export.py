@@ -34,6 +34,13 @@ model = CLIPModel.from_pretrained("OUT").eval()
 preprocess = CLIPImageProcessor.from_pretrained("OUT")
 tokenizer = CLIPTokenizer.from_pretrained("OUT")
 """,
+    "hf, siglip": """\
+from transformers import CLIPImageProcessor, CLIPTokenizer, SiglipModel
+
+model = SiglipModel.from_pretrained("OUT").eval()
+preprocess = CLIPImageProcessor.from_pretrained("OUT")
+tokenizer = CLIPTokenizer.from_pretrained("OUT")  # the model sees the padding: tokenizer(…, padding="max_length")
+""",
     "safetensors": """\
 import clipscale
 
@@ -68,6 +75,7 @@ def export(run: Path, to: str, out: Path) -> None:
 def model_card(path: Path, config: Config, to: str, name: str) -> str:
     """The model card of a checkpoint: what it is, its training, its numbers; no path, host or secret."""
     title = config.name or config.model.name
+    loading = LOADING["hf, siglip" if to == "hf" and not config.model.text.causal else to]
     averaged = "; the weights are their moving average" if config.ema.decay is not None else ""
     return f"""\
 ---
@@ -85,7 +93,7 @@ A dual encoder of images and texts, {model_summary(config.model)}, trained with 
 ## How to load it
 
 ```python
-{LOADING[to].replace("OUT", name)}```
+{loading.replace("OUT", name)}```
 
 ## Training
 

@@ -8,19 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import save_file
 
-from clipscale.checkpoint.interop import State, is_clip_resnet, is_clip_vit, to_hf, to_open_clip
+from clipscale.checkpoint.interop import State, is_clip_resnet, is_clip_vit, is_siglip, to_hf, to_open_clip
 from clipscale.checkpoint.loading import EXPORTED
-from clipscale.checkpoint.pretrained import HF_CONFIG, HF_IMAGES, OPEN_CLIP_CONFIG, tell
+from clipscale.checkpoint.pretrained import HF_ACTIVATIONS, HF_CONFIG, HF_IMAGES, OPEN_CLIP_CONFIG, tell
 from clipscale.config import Config, save_config
 from clipscale.config.data import Builtin, Data
 from clipscale.config.data import Tokenizer as TokenizerConfig
-from clipscale.config.model import Activation, ResizeMode
+from clipscale.config.model import Activation, ImageProjection, Model, ResizeMode, TextPool, text_activation
 from clipscale.data.tokenizer import Tokenizer, byte_pairs
 from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP
+from clipscale.models.vision import trunk_activation
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # as Hugging Face writes the tokens that open_clip names otherwise
 
@@ -28,21 +30,17 @@ START, END = "<|startoftext|>", "<|endoftext|>"  # as Hugging Face writes the to
 def write_open_clip(model: CLIP, tokenizer: Tokenizer, out: Path) -> None:
     """Files that ``open_clip.create_model_and_transforms("local-dir:OUT")`` loads.
 
-    Raises ClipscaleError for what open_clip cannot be told: another tokenizer, or a changed timm ViT.
+    Raises ClipscaleError for what open_clip cannot be told: another tokenizer, a changed timm ViT, or a text tower that
+    is pooled as none of open_clip's.
     """
     config, state = model.config, model.state_dict()
     _only_byte_pairs(tokenizer)
-    text: dict[str, Any] = dict(
-        context_length=config.context_length,
-        vocab_size=config.text.vocab_size,
-        width=config.text.width,
-        heads=config.text.heads,
-        layers=config.text.layers,
-        mlp_ratio=config.text.mlp_ratio,
-    )
-    content: dict[str, Any] = {"embed_dim": config.embed_dim, "vision_cfg": _open_clip_tower(model), "text_cfg": text}
-    if config.activation is Activation.quickgelu:
+    vision, text = _open_clip_vision(model), _open_clip_text(config)
+    content: dict[str, Any] = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
+    if text_activation(config) is Activation.quickgelu:
         content["quick_gelu"] = True
+    if "text.proj.bias" in state:
+        content["custom_text"] = True
     if model.temperature.logit_bias is not None:
         content["init_logit_bias"] = 0.0  # the weights hold its value; this makes a place for it
     images = {
@@ -56,9 +54,40 @@ def write_open_clip(model: CLIP, tokenizer: Tokenizer, out: Path) -> None:
     _write_json({"model_cfg": content, "preprocess_cfg": images}, out / OPEN_CLIP_CONFIG)
 
 
-def _open_clip_tower(model: CLIP) -> dict[str, Any]:
-    vision, trunk, state = model.config.vision, model.visual.trunk, model.state_dict()
+def _open_clip_text(config: Model) -> dict[str, Any]:
+    text = config.text
+    # open_clip's towers see the padding, which its tokenizer makes of zeros.
+    last = text.pad_to_context and text.pad_id == 0
+    if text.pool is not TextPool.last or not (last or (text.causal and not text.pad_to_context)):
+        raise ClipscaleError(
+            f"open_clip has no text tower with model.text.pool={text.pool.value}, causal={text.causal}, "
+            f"pad_to_context={text.pad_to_context}, pad_id={text.pad_id}; use --to safetensors"
+        )
+    told: dict[str, Any] = dict(
+        context_length=config.context_length,
+        vocab_size=text.vocab_size,
+        width=text.width,
+        heads=text.heads,
+        layers=text.layers,
+        mlp_ratio=text.mlp_ratio,
+        norm_kwargs={"eps": text.norm_eps},
+        no_causal_mask=not text.causal,
+        proj_bias=text.proj_bias,
+        pool_type="last" if last else "argmax",
+    )
+    return told | _tanh(text_activation(config))
+
+
+def _tanh(activation: Activation) -> dict[str, Any]:
+    return {"act_kwargs": {"approximate": "tanh"}} if activation is Activation.gelu_tanh else {}
+
+
+def _open_clip_vision(model: CLIP) -> dict[str, Any]:
+    config, vision, trunk, state = model.config, model.config.vision, model.visual.trunk, model.state_dict()
     if is_clip_vit(state):
+        activations = {config.activation, text_activation(config)}
+        if len(activations) > 1 and Activation.quickgelu in activations:
+            raise ClipscaleError("open_clip cannot be told of quickgelu in one tower alone; use --to safetensors")
         block = trunk.blocks[0]
         width = trunk.embed_dim
         return dict(
@@ -69,6 +98,7 @@ def _open_clip_tower(model: CLIP) -> dict[str, Any]:
             head_width=width // block.attn.num_heads,
             # open_clip rounds the product down: half a unit more survives the division.
             mlp_ratio=(block.mlp.fc1.out_features + 0.5) / width,
+            **_tanh(config.activation),
         )
     if is_clip_resnet(state):
         return dict(
@@ -77,60 +107,98 @@ def _open_clip_tower(model: CLIP) -> dict[str, Any]:
             width=2 * trunk.stem.conv1.conv.out_channels,
             head_width=trunk.head.head_dim,
         )
-    if vision.timm.startswith("vit_") and (
-        model.config.activation is Activation.quickgelu or vision.patch_size or vision.width or vision.layers
-    ):
+    if vision.timm.startswith("vit_") and not _is_timms_own(model):
         raise ClipscaleError(
             f"open_clip cannot be told of another size or activation of model.vision.timm={vision.timm}; use --to "
             "safetensors"
         )
-    return dict(image_size=vision.image_size, timm_model_name=vision.timm, timm_pool="", timm_proj="linear")
+    tower = dict(image_size=vision.image_size, timm_model_name=vision.timm)
+    if vision.proj is ImageProjection.none:
+        return tower | dict(timm_pool=getattr(trunk, "global_pool", "avg"), timm_proj="none")
+    return tower | dict(timm_pool="", timm_proj="linear")
+
+
+def _is_timms_own(model: CLIP) -> bool:
+    """Whether the ViT is the one that timm makes of its name alone."""
+    name, prefix = model.config.vision.timm, "visual.trunk."
+    with torch.device("meta"):
+        plain = timm.create_model(name, num_classes=0).state_dict()
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items() if key.startswith(prefix)}
+    same = shapes == {prefix + key: tensor.shape for key, tensor in plain.items()}
+    return same and trunk_activation(name) == model.config.activation.value
 
 
 def write_hf(model: CLIP, tokenizer: Tokenizer, out: Path) -> None:
-    """Files that transformers' ``CLIPModel``, ``CLIPImageProcessor`` and ``CLIPTokenizer`` load from ``out``.
+    """Files that transformers' ``CLIPModel``, ``CLIPImageProcessor`` and ``CLIPTokenizer`` load from ``out``; of a
+    SigLIP, its ``SiglipModel``.
 
-    Raises ClipscaleError for another image tower than CLIP's ViT, a sigmoid loss's bias, another tokenizer, or images
-    made square by adding white.
+    Raises ClipscaleError for other towers than CLIP's and SigLIP's, a sigmoid loss's bias with CLIP's or none with
+    SigLIP's, another tokenizer, or images made square by adding white.
     """
     config = model.config
     _only_byte_pairs(tokenizer)
     state = to_hf(model.state_dict())
+    siglip = is_siglip(model.state_dict())
+    _check_hf_text(config, tokenizer, siglip)
     if config.vision.resize_mode is ResizeMode.longest:
         raise ClipscaleError(
             "CLIPImageProcessor cannot add white (model.vision.resize_mode=longest); use --to open_clip"
         )
-    trunk, side = model.visual.trunk, config.vision.image_size
-    activation = "quick_gelu" if config.activation is Activation.quickgelu else "gelu"
+    trunk = model.visual.trunk
+    kind, name = ("siglip", "SiglipModel") if siglip else ("clip", "CLIPModel")
     text = dict(
-        model_type="clip_text_model", hidden_size=config.text.width, num_hidden_layers=config.text.layers,
+        model_type=f"{kind}_text_model", hidden_size=config.text.width, num_hidden_layers=config.text.layers,
         intermediate_size=int(config.text.width * config.text.mlp_ratio), num_attention_heads=config.text.heads,
-        max_position_embeddings=config.context_length, vocab_size=config.text.vocab_size, hidden_act=activation,
+        max_position_embeddings=config.context_length, vocab_size=config.text.vocab_size,
+        hidden_act=HF_ACTIVATIONS[text_activation(config).value], layer_norm_eps=config.text.norm_eps,
         bos_token_id=tokenizer.eot_id - 1, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.eot_id,
-        projection_dim=config.embed_dim,
+        **{"projection_size" if siglip else "projection_dim": config.embed_dim},
     )  # fmt: skip
     vision = dict(
-        model_type="clip_vision_model", hidden_size=trunk.embed_dim, num_hidden_layers=len(trunk.blocks),
-        intermediate_size=trunk.blocks[0].mlp.fc1.out_features, num_attention_heads=tell(model)["vision.heads"],
-        image_size=side, patch_size=trunk.patch_embed.patch_size[0], hidden_act=activation,
-        projection_dim=config.embed_dim,
-    )  # fmt: skip
-    whole = config.vision.resize_mode is ResizeMode.shortest
+        model_type=f"{kind}_vision_model",
+        hidden_size=trunk.embed_dim,
+        num_hidden_layers=len(trunk.blocks),
+        intermediate_size=trunk.blocks[0].mlp.fc1.out_features,
+        num_attention_heads=tell(model)["vision.heads"],
+        image_size=config.vision.image_size,
+        patch_size=trunk.patch_embed.patch_size[0],
+        hidden_act=HF_ACTIVATIONS[config.activation.value],
+        layer_norm_eps=trunk.norm.eps,
+    )
+    content = dict(architectures=[name], model_type=kind, dtype="float32", text_config=text, vision_config=vision)
+    if not siglip:
+        vision["projection_dim"] = content["projection_dim"] = config.embed_dim
+    _write_weights(state, out / EXPORTED)
+    _write_json(content, out / HF_CONFIG)
+    _write_json(_hf_images(config), out / HF_IMAGES)
+    _write_byte_pairs(config.context_length, out)
+
+
+def _check_hf_text(config: Model, tokenizer: Tokenizer, siglip: bool) -> None:
+    text, name = config.text, "SiglipModel" if siglip else "CLIPModel"
+    differing = {
+        "pool": (text.pool, TextPool.last),
+        "causal": (text.causal, not siglip),
+        "pad_to_context": (text.pad_to_context, siglip),
+        "pad_id": (text.pad_id, tokenizer.eot_id if siglip else text.pad_id),  # with which CLIPTokenizer pads
+    }
+    for key, (own, theirs) in differing.items():
+        if own != theirs:
+            raise ClipscaleError(
+                f"Hugging Face's {name} has no text tower with model.text.{key}={getattr(own, 'value', own)}, but "
+                f"{getattr(theirs, 'value', theirs)}; use --to safetensors"
+            )
+
+
+def _hf_images(config: Model) -> dict[str, Any]:
+    whole, side = config.vision.resize_mode is ResizeMode.shortest, config.vision.image_size
     square = {"height": side, "width": side}
-    images = dict(
+    return dict(
         image_processor_type="CLIPImageProcessor", do_convert_rgb=True, do_resize=True, resample=3,
         size={"shortest_edge": side} if whole else square, do_center_crop=whole, crop_size=square,
         do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
         image_mean=list(config.mean), image_std=list(config.std),
     )  # fmt: skip
-    content = dict(
-        architectures=["CLIPModel"], model_type="clip", projection_dim=config.embed_dim, dtype="float32",
-        text_config=text, vision_config=vision,
-    )  # fmt: skip
-    _write_weights(state, out / EXPORTED)
-    _write_json(content, out / HF_CONFIG)
-    _write_json(images, out / HF_IMAGES)
-    _write_byte_pairs(config.context_length, out)
 
 
 def write_safetensors(model: CLIP, config: Config, out: Path) -> None:

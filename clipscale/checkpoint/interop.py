@@ -1,4 +1,5 @@
-"""Weights under the names of other libraries: OpenCLIP and OpenAI (which share theirs), Hugging Face's CLIPModel.
+"""Weights under the names of other libraries: OpenCLIP and OpenAI (which share theirs), Hugging Face's CLIPModel and
+SiglipModel.
 
 State dict in, state dict out, of the same dtype, with no arithmetic: there and back gives the same bits. Weights do not
 tell the activation that they were trained with, nor how images were normalised; who loads them must know.
@@ -34,24 +35,27 @@ class _Pair(NamedTuple):
 def from_open_clip(state: Mapping[str, torch.Tensor]) -> State:
     """Weights of an open_clip ``CLIP``, of a ``CustomTextCLIP`` with the same text tower, or of OpenAI's.
 
-    CLIP's ViTs and ResNets, and timm towers with a linear projection. Raises ClipscaleError for names that have no
-    place in clipscale's towers, as those of a SigLIP or of a Hugging Face text tower.
+    CLIP's ViTs and ResNets, and timm towers with a linear projection or none, as SigLIP's. Raises ClipscaleError for
+    names that have no place in clipscale's towers, as those of a Hugging Face text tower.
     """
     plain = {name: tensor for name, tensor in state.items() if name not in OPENAI_EXTRAS}
     if "text.token_embedding.weight" in plain:  # CustomTextCLIP
         plain = {name.removeprefix("text."): tensor for name, tensor in plain.items()}
     plain.pop("attn_mask", None)  # a buffer that older versions stored
+    projection = _OPEN_CLIP_BIASED if "text_projection.bias" in plain else _OPEN_CLIP_PLAIN
     if "visual.class_embedding" in plain:
         tower = _OPEN_CLIP_VIT
     elif any(name.startswith("visual.attnpool.") for name in plain):
         tower = _OPEN_CLIP_RESNET
     else:
         tower = _OPEN_CLIP_TIMM
-    return _rename(plain, (*_OPEN_CLIP, *tower), to_ours=True)
+    return _rename(plain, (*_OPEN_CLIP, *projection, *tower), to_ours=True)
 
 
 def to_open_clip(state: Mapping[str, torch.Tensor]) -> State:
     """Weights of a clipscale model under the names of open_clip's ``CLIP``; OpenAI's are the same.
+
+    Where the text projection has a bias, as in SigLIP, they are those of its ``CustomTextCLIP``.
 
     Raises ClipscaleError for names that are not those of a clipscale model.
     """
@@ -61,27 +65,52 @@ def to_open_clip(state: Mapping[str, torch.Tensor]) -> State:
         tower = _OPEN_CLIP_RESNET
     else:
         tower = _OPEN_CLIP_TIMM
-    return _rename(state, (*_OPEN_CLIP, *tower), to_ours=False)
+    if "text.proj.bias" not in state:
+        return _rename(state, (*_OPEN_CLIP, *_OPEN_CLIP_PLAIN, *tower), to_ours=False)
+    custom = _rename(state, (*_OPEN_CLIP, *_OPEN_CLIP_BIASED, *tower), to_ours=False)
+    return {name if name.startswith(("visual.", "logit_")) else f"text.{name}": t for name, t in custom.items()}
 
 
 def from_hf(state: Mapping[str, torch.Tensor]) -> State:
-    """Weights of a Hugging Face ``CLIPModel``. Raises ClipscaleError for names of another architecture."""
+    """Weights of a Hugging Face ``CLIPModel`` or ``SiglipModel``.
+
+    Raises ClipscaleError for names of another architecture.
+    """
     plain = {name: tensor for name, tensor in state.items() if not name.endswith(".position_ids")}
-    return _rename(_fuse(plain), _HF, to_ours=True)
+    if "vision_model.head.probe" in plain:
+        return _rename(_part_probe(_fuse(plain)), (*_HF, *_HF_SIGLIP), to_ours=True)
+    return _rename(_fuse(plain), (*_HF, *_HF_CLIP), to_ours=True)
 
 
 def to_hf(state: Mapping[str, torch.Tensor]) -> State:
-    """Weights of a clipscale model with CLIP's ViT under the names of Hugging Face's ``CLIPModel``.
+    """Weights of a clipscale model under the names of Hugging Face's ``CLIPModel``, or of its ``SiglipModel``, for a
+    ViT that pools by attention.
 
-    Raises ClipscaleError for another image tower, and for a model with a bias on its logits, which CLIPModel lacks.
+    Raises ClipscaleError for other image towers, and for a model with a bias on its logits, which CLIPModel lacks, or
+    without one, which SiglipModel has.
     """
-    if "temperature.logit_bias" in state:
+    biased = "temperature.logit_bias" in state
+    if is_siglip(state):
+        if not biased:
+            raise ClipscaleError(
+                "Hugging Face's SiglipModel has a logit_bias, which this model has not: it was not trained with "
+                "loss=siglip; use open_clip's format"
+            )
+        return _join_probe(_split(_rename(state, (*_HF, *_HF_SIGLIP), to_ours=False)))
+    if biased:
         raise ClipscaleError("Hugging Face's CLIPModel has no logit_bias, which this model has; use open_clip's format")
     if not is_clip_vit(state):
         raise ClipscaleError(
-            "Hugging Face's CLIPModel has no image tower but CLIP's ViT, and this is another; use open_clip's format"
+            "Hugging Face's CLIPModel and SiglipModel have no image tower but CLIP's ViT and SigLIP's, and this is "
+            "another; use open_clip's format"
         )
-    return _split(_rename(state, _HF, to_ours=False))
+    return _split(_rename(state, (*_HF, *_HF_CLIP), to_ours=False))
+
+
+def is_siglip(state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a clipscale state dict has SigLIP's towers: a ViT that pools by attention, whose result is not projected,
+    and a text projection with a bias."""
+    return {"visual.trunk.attn_pool.latent", "text.proj.bias"} <= state.keys() and "visual.proj.weight" not in state
 
 
 def is_clip_vit(state: Mapping[str, torch.Tensor]) -> bool:
@@ -126,10 +155,11 @@ _OPEN_CLIP = (
     _Pair("positional_embedding", "text.positional_embedding"),
     *_blocks("transformer.resblocks", "text", _OPEN_CLIP_BLOCK),
     _Pair("ln_final.*", "text.norm.*"),
-    _Pair("text_projection", "text.proj.weight", "transposed"),
     _Pair("logit_scale", "temperature.logit_scale", "scalar"),
     _Pair("logit_bias", "temperature.logit_bias", "scalar"),
 )
+_OPEN_CLIP_PLAIN = (_Pair("text_projection", "text.proj.weight", "transposed"),)
+_OPEN_CLIP_BIASED = (_Pair("text_projection.*", "text.proj.*"),)
 _OPEN_CLIP_VIT = (
     _Pair("visual.conv1.weight", "visual.trunk.patch_embed.proj.weight"),
     _Pair("visual.class_embedding", "visual.trunk.cls_token", "without 2 axes"),
@@ -169,15 +199,29 @@ _HF = (
     _Pair("text_model.embeddings.position_embedding.weight", "text.positional_embedding"),
     *_blocks("text_model.encoder.layers", "text", _HF_BLOCK),
     _Pair("text_model.final_layer_norm.*", "text.norm.*"),
-    _Pair("text_projection.weight", "text.proj.weight"),
-    _Pair("vision_model.embeddings.patch_embedding.weight", "visual.trunk.patch_embed.proj.weight"),
-    _Pair("vision_model.embeddings.class_embedding", "visual.trunk.cls_token", "without 2 axes"),
+    _Pair("vision_model.embeddings.patch_embedding.*", "visual.trunk.patch_embed.proj.*"),
     _Pair("vision_model.embeddings.position_embedding.weight", "visual.trunk.pos_embed", "without 1 axis"),
-    _Pair("vision_model.pre_layrnorm.*", "visual.trunk.norm_pre.*"),  # so it is spelt there
     *_blocks("vision_model.encoder.layers", "visual.trunk", _HF_BLOCK),
     _Pair("vision_model.post_layernorm.*", "visual.trunk.norm.*"),
+)
+_HF_CLIP = (
+    _Pair("text_projection.weight", "text.proj.weight"),
+    _Pair("vision_model.embeddings.class_embedding", "visual.trunk.cls_token", "without 2 axes"),
+    _Pair("vision_model.pre_layrnorm.*", "visual.trunk.norm_pre.*"),  # so it is spelt there
     _Pair("visual_projection.weight", "visual.proj.weight"),
     _Pair("logit_scale", "temperature.logit_scale", "scalar"),
+)
+_HF_SIGLIP = (
+    _Pair("text_model.head.*", "text.proj.*"),
+    _Pair("vision_model.head.probe", "visual.trunk.attn_pool.latent"),
+    _Pair("vision_model.head.attention.q.*", "visual.trunk.attn_pool.q.*"),  # once parted from the keys and values
+    _Pair("vision_model.head.attention.kv.*", "visual.trunk.attn_pool.kv.*"),
+    _Pair("vision_model.head.attention.out_proj.*", "visual.trunk.attn_pool.proj.*"),
+    _Pair("vision_model.head.layernorm.*", "visual.trunk.attn_pool.norm.*"),
+    _Pair("vision_model.head.mlp.fc1.*", "visual.trunk.attn_pool.mlp.fc1.*"),
+    _Pair("vision_model.head.mlp.fc2.*", "visual.trunk.attn_pool.mlp.fc2.*"),
+    _Pair("logit_scale", "temperature.logit_scale"),
+    _Pair("logit_bias", "temperature.logit_bias"),
 )
 
 # What a tensor of theirs becomes in ours, and the way back.
@@ -250,3 +294,24 @@ def _split(state: State) -> State:
         else:
             split[name] = tensor
     return split
+
+
+_PROBE = "vision_model.head.attention."
+
+
+def _part_probe(state: State) -> State:
+    """The pool's one matrix of Hugging Face's as two: for the probe's query, and for keys and values."""
+    parted = dict(state)
+    for kind in ("weight", "bias"):
+        if (whole := parted.pop(f"{_PROBE}in_proj_{kind}", None)) is not None:
+            width = len(whole) // 3
+            parted[f"{_PROBE}q.{kind}"], parted[f"{_PROBE}kv.{kind}"] = whole.split([width, 2 * width])
+    return parted
+
+
+def _join_probe(state: State) -> State:
+    joined = dict(state)
+    for kind in ("weight", "bias"):
+        both = [joined.pop(f"{_PROBE}{part}.{kind}") for part in ("q", "kv")]
+        joined[f"{_PROBE}in_proj_{kind}"] = torch.cat(both)
+    return joined

@@ -17,17 +17,21 @@ from safetensors.torch import load_file
 
 from clipscale.checkpoint.interop import OPENAI_EXTRAS, State, from_hf, from_open_clip
 from clipscale.checkpoint.loading import load_model
+from clipscale.checkpoint.positions import fit_positions
 from clipscale.config import config_dir, load_group
 from clipscale.config.hub import fetch, unavailable
-from clipscale.config.model import Activation, Model
+from clipscale.config.model import Activation, Model, TextPool, text_activation
 from clipscale.errors import ClipscaleError, ConfigError
 from clipscale.models import CLIP
 from clipscale.models.hf import HFTextTower, hf_class, quiet_transformers, text_part
+from clipscale.models.vision import trunk_activation
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 HF_CONFIG = "config.json"
 HF_IMAGES = "preprocessor_config.json"
 BIAS = "temperature.logit_bias"
+# Our activations, as Hugging Face calls them.
+HF_ACTIVATIONS = {"gelu": "gelu", "quickgelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,13 @@ def read_pretrained(where: str) -> Pretrained:
         raise ClipscaleError(f"init.weights={where}: {error}") from None
 
 
-def load_pretrained(model: CLIP, found: Pretrained) -> None:
-    """Copy weights into ``model``, in its own dtype.
+def load_pretrained(model: CLIP, found: Pretrained) -> list[str]:
+    """Copy weights into ``model``, in its own dtype. Returns what was said of those that are not as they were found.
 
     A bias on the logits is left out where the model's loss has none (the softmax does not see it), and kept as it is
-    where the weights have none. A model with a text tower of Hugging Face's takes the image tower alone of weights that
-    have another text tower. Raises ClipscaleError that says what differs, and what to choose.
+    where the weights have none. Position embeddings of another image size or context length are brought to the model's.
+    A model with a text tower of Hugging Face's takes the image tower alone of weights that have another text tower.
+    Raises ClipscaleError that says what else differs, and what to choose.
     """
     state, own = dict(found.state), model.state_dict()
     if isinstance(model.text, HFTextTower) and not found.of_hf_text:
@@ -81,9 +86,11 @@ def load_pretrained(model: CLIP, found: Pretrained) -> None:
         state.pop(BIAS, None)
     elif BIAS not in state:
         state[BIAS] = own[BIAS]
+    resized = fit_positions(model, state)
     _check_shapes(model, state, found)
     _check_told(model, found)
     model.load_state_dict(state)
+    return resized
 
 
 def read_text_tower(tower: HFTextTower, name: str) -> State:
@@ -141,11 +148,13 @@ def _advise(found: Pretrained) -> str:
 
 
 def _check_told(model: CLIP, found: Pretrained) -> None:
-    own = tell(model)
-    differing = {key: value for key, value in found.told.items() if key in own and not _equal(own[key], value)}
+    own, told = tell(model), dict(found.told)
+    if model.config.text.activation is None and told.get("text.activation") == told.get("activation"):
+        told.pop("text.activation", None)  # one key says both
+    differing = {key: value for key, value in told.items() if key in own and not _equal(own[key], value)}
     if not differing:
         return
-    told = ", ".join(f"{key} {_short(value)}" for key, value in differing.items())
+    there = ", ".join(f"{key} {_short(value)}" for key, value in differing.items())
     here = ", ".join(_short(own[key]) for key in differing)
     keys = [f"model.{key}={_short(value)}" for key, value in differing.items()]
     if "activation" in differing:
@@ -153,7 +162,7 @@ def _check_told(model: CLIP, found: Pretrained) -> None:
         twin = base if differing["activation"] == Activation.gelu.value else f"{base}_quickgelu"
         if (config_dir() / "model" / f"{twin}.yaml").exists():
             keys[list(differing).index("activation")] = f"model={twin}"
-    raise ClipscaleError(f"init.weights={found.where} was trained with {told}, not {here}; use {' '.join(keys)}")
+    raise ClipscaleError(f"init.weights={found.where} was trained with {there}, not {here}; use {' '.join(keys)}")
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -168,7 +177,7 @@ def _short(value: Any) -> str:
 
 def tell(model: CLIP) -> dict[str, Any]:
     """What the weights of ``model`` do not show: values of ``model.*`` keys, without that prefix."""
-    config = model.config
+    config, text = model.config, model.config.text
     told: dict[str, Any] = {
         "activation": config.activation.value,
         "mean": list(config.mean),
@@ -177,7 +186,16 @@ def tell(model: CLIP) -> dict[str, Any]:
     if isinstance(model.text, HFTextTower):
         told["text.hf_pool"] = model.text.pool.value
     else:
-        told["text.heads"] = config.text.heads
+        told |= {
+            "text.heads": text.heads,
+            "text.activation": text_activation(config).value,
+            "text.causal": text.causal,
+            "text.pool": text.pool.value,
+            "text.pad_to_context": text.pad_to_context,
+            "text.norm_eps": text.norm_eps,
+        }
+        if text.pad_to_context:
+            told["text.pad_id"] = text.pad_id
     blocks = getattr(model.visual.trunk, "blocks", None)
     if blocks is not None and hasattr(blocks[0], "attn"):
         told["vision.heads"] = blocks[0].attn.num_heads
@@ -205,8 +223,9 @@ def _open_clip(where: str) -> Pretrained:
         raise unavailable(error) from None
     finally:
         logging.disable(logging.NOTSET)
-    images = model.visual.preprocess_cfg
-    told = {"activation": activation_of(name, tag), "mean": list(images["mean"]), "std": list(images["std"])}
+    config = open_clip.get_model_config(name)
+    config["quick_gelu"] = activation_of(name, tag) == Activation.quickgelu.value
+    told = _told_by_open_clip({"model_cfg": config, "preprocess_cfg": model.visual.preprocess_cfg})
     return Pretrained(where, from_open_clip(model.state_dict()), told)
 
 
@@ -217,7 +236,7 @@ def activation_of(name: str, tag: str) -> str:
     """
     from open_clip import get_pretrained_cfg
 
-    return _activation("quick_gelu" if get_pretrained_cfg(name, tag).get("quick_gelu") else "gelu")
+    return _open_clip_activation({}, bool(get_pretrained_cfg(name, tag).get("quick_gelu")))
 
 
 def _download(name: str) -> Path:
@@ -249,35 +268,65 @@ def _known(told: dict[str, Any]) -> dict[str, Any]:
 
 def _told_by_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
     model, images = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
+    text, vision, quick = model.get("text_cfg", {}), model.get("vision_cfg", {}), bool(model.get("quick_gelu"))
+    of_text = _open_clip_activation(text, quick)
+    timm_name = vision.get("timm_model_name")
     told = {
-        "activation": _activation("quick_gelu" if model.get("quick_gelu") else "gelu"),
+        # timm's towers have their own, whatever open_clip says.
+        "activation": (trunk_activation(timm_name) or of_text) if timm_name else _open_clip_activation(vision, quick),
         "mean": images.get("mean"),
         "std": images.get("std"),
-        "text.heads": model.get("text_cfg", {}).get("heads"),
+        "text.heads": text.get("heads"),
+        "text.activation": of_text,
+        "text.norm_eps": (text.get("norm_kwargs") or {}).get("eps", 1e-5),
     }
-    return _known(told)
+    return _known(told) | _pool_of_open_clip(text)
+
+
+def _open_clip_activation(tower: Mapping[str, Any], quick: bool) -> str:
+    if quick:
+        return Activation.quickgelu.value
+    approximate = (tower.get("act_kwargs") or {}).get("approximate", "none")
+    return (Activation.gelu_tanh if approximate == "tanh" else Activation.gelu).value
+
+
+def _pool_of_open_clip(text: Mapping[str, Any]) -> dict[str, Any]:
+    """What a text tower of open_clip sees and pools: it attends to padding, and its ``last`` token may be one."""
+    both_ways, pool = bool(text.get("no_causal_mask")), text.get("pool_type", "argmax")
+    if pool not in ("last", "argmax", "eos") or (both_ways and pool != "last"):
+        raise ClipscaleError(
+            f"its text tower is pooled by pool_type={pool}{', no_causal_mask' if both_ways else ''}; clipscale's can "
+            "be by last, or, if causal, by argmax or eos"
+        )
+    return {"text.causal": not both_ways, "text.pool": TextPool.last.value, "text.pad_to_context": pool == "last"}
 
 
 def _told_by_hf(config: Mapping[str, Any]) -> dict[str, Any]:
-    if config.get("model_type") != "clip":
-        raise ClipscaleError(f"{HF_CONFIG} says model_type={config.get('model_type')}; only clip can be loaded")
-    # Values that Hugging Face leaves out of old files are CLIP's own.
+    kind = config.get("model_type")
+    if kind not in ("clip", "siglip"):
+        raise ClipscaleError(f"{HF_CONFIG} says model_type={kind}; only clip and siglip can be loaded")
     text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
-    text_act, vision_act = text.get("hidden_act", "quick_gelu"), vision.get("hidden_act", "quick_gelu")
-    if text_act != vision_act:
-        raise ClipscaleError(f"its towers have two activations, {vision_act} and {text_act}; clipscale's have one")
-    return {
-        "activation": _activation(text_act),
-        "text.heads": text.get("num_attention_heads", 8),
+    # Values that Hugging Face leaves out of old files are those of CLIP, or of SigLIP.
+    heads, activation, eps = (8, "quick_gelu", 1e-5) if kind == "clip" else (12, "gelu_pytorch_tanh", 1e-6)
+    if vision.get("layer_norm_eps", eps) != eps:
+        raise ClipscaleError(f"its image tower has layer_norm_eps={vision['layer_norm_eps']}; clipscale's has {eps}")
+    told = {
+        "activation": _activation(vision.get("hidden_act", activation)),
+        "text.activation": _activation(text.get("hidden_act", activation)),
+        "text.heads": text.get("num_attention_heads", heads),
         "vision.heads": vision.get("num_attention_heads", 12),
+        "text.norm_eps": text.get("layer_norm_eps", eps),
+        "text.causal": kind == "clip",
+        "text.pool": TextPool.last.value,
+        "text.pad_to_context": kind == "siglip",
     }
+    return told if kind == "clip" else told | {"text.pad_id": text.get("pad_token_id", 1)}
 
 
 def _activation(name: str) -> str:
-    known = {"quick_gelu": Activation.quickgelu, "gelu": Activation.gelu}
-    if name not in known:
-        raise ClipscaleError(f"it has the activation {name}; clipscale's towers have gelu or quickgelu")
-    return known[name].value
+    if name not in HF_ACTIVATIONS.values():
+        raise ClipscaleError(f"it has the activation {name}; clipscale's towers have {', '.join(HF_ACTIVATIONS)}")
+    return next(own for own, theirs in HF_ACTIVATIONS.items() if theirs == name)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

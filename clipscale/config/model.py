@@ -152,8 +152,14 @@ class Init:
 
     weights: str | None = fixed(None)
     """Weights that a new run starts from: `open_clip:NAME/TAG`, `hf:ORGANISATION/NAME`, or a path to a run, a
-    checkpoint, an exported directory, or a `.safetensors` or `.pt` file; null draws them from the seed. Not read again
-    when the run is resumed."""
+    checkpoint, an exported directory, or a `.safetensors` or `.pt` file; null draws them from the seed. Position
+    embeddings of another image size or context length are brought to the model's. Not read again when the run is
+    resumed."""
+
+
+def text_activation(model: Model) -> Activation:
+    """That of the text tower."""
+    return model.text.activation or model.activation
 
 
 def model_summary(model: Any) -> str:

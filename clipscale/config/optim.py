@@ -1,4 +1,4 @@
-"""``optim``, ``schedule``, ``precision``, ``ema`` and ``loss``: how the weights move."""
+"""``lock``, ``optim``, ``schedule``, ``precision``, ``ema`` and ``loss``: how the weights move."""
 
 from __future__ import annotations
 
@@ -103,6 +103,9 @@ class Optim:
     """AdamW's epsilon (CLIP: 1e-6 for ViT, 1e-8 for ResNet)."""
     clip_grad_norm: float | None = event(None)
     """Largest global gradient norm; null does not clip."""
+    layer_decay: float = fixed(1.0)
+    """Learning rate of a group of layers over that of the group above it, e.g. 0.75; groups are those of
+    `lock.image_unlocked_groups`. Projections and the temperature have the full rate; 1 gives it to all."""
     microbatches: Any = free(1)
     """Parts in which a process takes its pairs of a batch through the towers, so that the batch need not fit into its
     memory: a number, or `auto` for as few as `max_microbatch` allows. The gradient is that of the whole batch; more
@@ -121,6 +124,25 @@ class Optim:
                 f"use optim.microbatches={pairs} or less, or optim.microbatches=auto with optim.max_microbatch"
             )
         return self.microbatches
+
+
+@dataclass
+class Lock:
+    """Weights that are not trained: locked-image tuning (LiT, Zhai et al. 2022), and its like for texts."""
+
+    image: bool = fixed(False)
+    """Leave the image tower as it starts (`init.weights`), but for its `image_unlocked_groups`; what is locked computes
+    as in evaluation."""
+    image_unlocked_groups: int = fixed(0)
+    """Groups of a locked image tower, from its output on, that are trained all the same: 1 is the projection, 2 the
+    last block too, and so on down to the embedding."""
+    text: bool = fixed(False)
+    """Leave the text tower as it starts, but for its `text_unlocked_groups`."""
+    text_unlocked_groups: int = fixed(0)
+    """The same groups of a locked text tower."""
+    batchnorm: bool = fixed(True)
+    """Locked BatchNorms normalise by their running statistics and leave them alone; false: by those of the batch, and
+    they go on averaging them (open_clip's default)."""
 
 
 @dataclass

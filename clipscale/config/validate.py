@@ -32,7 +32,7 @@ def usable_processes(streams: int, world: int) -> int:
 
 def validate(config: Config) -> None:
     """Check that this configuration can be run. Raises ConfigError that lists all that is wrong."""
-    checks = (_sizes, _batch, _microbatches, _data, _text, _loss, _training)
+    checks = (_sizes, _batch, _microbatches, _data, _text, _loss, _training, _lock)
     found = [mistake for check in checks for mistake in check(config)]
     if len(found) == 1:
         raise ConfigError(found[0])
@@ -215,6 +215,8 @@ def _training(config: Config) -> Iterator[str]:
         yield f"ema.decay={config.ema.decay} must lie between 0 and 1, e.g. ema.decay=0.999; null turns it off"
     if config.optim.clip_grad_norm is not None and config.optim.clip_grad_norm <= 0:
         yield f"optim.clip_grad_norm={config.optim.clip_grad_norm} must be above 0; null does not clip"
+    if not 0 < config.optim.layer_decay <= 1:
+        yield f"optim.layer_decay={config.optim.layer_decay} must lie in (0, 1], e.g. 0.75; 1 gives all layers one rate"
     for key, value in (("beta1", config.optim.beta1), ("beta2", config.optim.beta2)):
         if not 0 <= value < 1:
             yield f"optim.{key}={value} must lie in [0, 1)"
@@ -242,3 +244,15 @@ def _training(config: Config) -> Iterator[str]:
             f"model.text.pad_id={config.model.text.pad_id} is no token: model.text.vocab_size="
             f"{config.model.text.vocab_size}"
         )
+
+
+def _lock(config: Config) -> Iterator[str]:
+    lock = config.lock
+    towers = {"image": (lock.image, lock.image_unlocked_groups), "text": (lock.text, lock.text_unlocked_groups)}
+    for tower, (locked, unlocked) in towers.items():
+        if unlocked < 0:
+            yield f"lock.{tower}_unlocked_groups={unlocked} must be 0 or more"
+        elif unlocked and not locked:
+            yield f"lock.{tower}_unlocked_groups={unlocked} has no effect without lock.{tower}=true"
+    if all(locked and not unlocked for locked, unlocked in towers.values()):
+        yield "lock.image=true, lock.text=true: nothing is left to train; use lock.text_unlocked_groups=1"

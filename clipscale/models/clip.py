@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -63,11 +63,19 @@ class CLIP(nn.Module):
         self.visual = VisionTower(config)
         self.text: TextTower | HFTextTower = _text_tower(config)
         self.temperature = Temperature(logit_scale, logit_bias)
+        self.locked: Sequence[nn.Module] = ()
 
     @property
     def logit_scale(self) -> nn.Parameter:
         """The log of the multiplier on cosine similarities, Float[1]."""
         return self.temperature.logit_scale
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but for what is ``locked``: that computes as in evaluation."""
+        super().train(mode)
+        for module in self.locked:
+            module.training = False
+        return self
 
     def forward(
         self,

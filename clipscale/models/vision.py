@@ -7,6 +7,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers.attention_pool2d import AttentionPool2d
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from clipscale.config.model import Activation, ImageProjection, Model
@@ -50,6 +51,19 @@ class VisionTower(nn.Module):
         if images.dtype == torch.uint8:
             images = (images.float() - self.mean) / self.std
         return self.proj(self.trunk(images))
+
+
+def trunk_activation(name: str) -> str | None:
+    """The activation that timm gives its ViT ``name`` where it is told of none; None for other architectures.
+
+    One of the values of :class:`clipscale.config.model.Activation`.
+    """
+    with torch.device("meta"):
+        trunk = timm.create_model(name, num_classes=0)
+    if not isinstance(trunk, VisionTransformer):
+        return None
+    kind = type(trunk.blocks[0].mlp.act).__name__.lower()
+    return {"gelutanh": Activation.gelu_tanh, "quickgelu": Activation.quickgelu}.get(kind, Activation.gelu).value
 
 
 def _build_trunk(config: Model) -> Any:

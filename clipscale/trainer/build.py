@@ -216,23 +216,24 @@ def build_loader(
     )
 
 
-def start_from(model: CLIP, config: Config, runtime: Runtime) -> str:
+def start_from(model: CLIP, config: Config, runtime: Runtime) -> tuple[str, list[str]]:
     """Load what a new run starts from into a model that is not laid out over ranks yet; one rank a node downloads it.
 
     That is ``init.weights``, and those of a text tower of Hugging Face's, unless they have one. Returns what it was,
-    empty if nothing. Raises ClipscaleError when it cannot be had, or is not of this model.
+    empty if nothing, and what was said of weights that are not as they were found. Raises ClipscaleError when it cannot
+    be had, or is not of this model.
     """
     weights, name = config.init.weights, config.model.text.hf
     found = None if weights is None else once_per_node(runtime, lambda: read_pretrained(weights))
-    sources = []
+    sources, said = [], []
     if isinstance(model.text, HFTextTower) and config.model.text.hf_pretrained and not (found and found.of_hf_text):
         tower = model.text
         tower.transformer.load_state_dict(once_per_node(runtime, lambda: read_text_tower(tower, str(name))))
         sources.append(f"{name} (text)")
     if found is not None:
-        load_pretrained(model, found)
+        said = load_pretrained(model, found)
         sources.append(found.where)
-    return " and ".join(sources)
+    return " and ".join(sources), said
 
 
 def read_tokenizer(config: Config, runtime: Runtime) -> Tokenizer:

@@ -17,7 +17,7 @@ from clipscale.errors import ConfigError
 from clipscale.losses import LossStats
 from clipscale.models import CLIP, Features
 from clipscale.optim import Ema
-from clipscale.parallel import Parallelized, has_batchnorm, towers_autocast
+from clipscale.parallel import Parallelized, takes_statistics, towers_autocast
 from clipscale.trainer.cached import backward_through_parts
 from clipscale.trainer.objective import Objective, SendAhead, extra_rows
 
@@ -42,7 +42,7 @@ class TrainStep:
     def __post_init__(self) -> None:
         pairs = self.config.global_batch_size // self.runtime.world
         self.microbatches = self.config.optim.count_microbatches(pairs)
-        if self.microbatches > 1 and has_batchnorm(self.model):
+        if self.microbatches > 1 and takes_statistics(self.model):
             raise ConfigError(
                 f"optim.microbatches={self.config.optim.microbatches}: BatchNorm would take the statistics of "
                 f"{self.microbatches} microbatches for those of the batch, so model.vision.timm="
@@ -59,7 +59,7 @@ class TrainStep:
         """Train on this rank's part of a batch that begins after ``samples_seen``. Returns the loss of the global
         batch, Float[], still on the device; after one with ``stats``, :meth:`statistics` tells more."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         loss = self._backward(batch, samples_seen, stats)
         self.scaler.unscale_(self.optimizer)
         if self.config.optim.clip_grad_norm is not None:

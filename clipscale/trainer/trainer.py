@@ -28,7 +28,7 @@ from clipscale.errors import ConfigError, DivergedError, ExitCode
 from clipscale.evals import build_evaluators, damaged_shards
 from clipscale.models import build_model
 from clipscale.optim import Ema, build_optimizer, configure, learning_rate
-from clipscale.parallel import build_scaler, parallelize
+from clipscale.parallel import build_scaler, heights, lock, parallelize
 from clipscale.telemetry import Meters, Sinks, evaluated_at, last_values
 from clipscale.trainer.account import Account, listed
 from clipscale.trainer.build import (
@@ -69,10 +69,11 @@ class Trainer:
             logit_scale=config.loss.init_logit_scale,
             logit_bias=config.loss.first_bias,
         )
-        self.starts_from = start_from(model, config, runtime) if newest is None else ""
+        self.starts_from, self.resized = start_from(model, config, runtime) if newest is None else ("", [])
+        lock(model, config.lock)
         laid_out = parallelize(model, config.parallel, runtime.device)
         self.model = laid_out.model
-        optimizer = build_optimizer(self.model, config.optim)
+        optimizer = build_optimizer(self.model, config.optim, heights(self.model))
         self.ema = Ema(self.model, config.ema.decay) if config.ema.decay is not None else None
         scaler = build_scaler(config.precision.name, runtime.device)
         objective = build_objective(config, teachers, runtime.device)
@@ -363,6 +364,8 @@ class Trainer:
             f"{config.parallel.strategy.value}, {self.runtime.world} x {self.runtime.device.type}, "
             f"{config.precision.name.value}"
         )
+        for change in self.resized:
+            say(f"  {self.config.init.weights}: {change}")
         say(
             f"  data {self.train.samples:,} samples in {len(order.shards)} shards; {order.streams} streams, "
             f"windows of {order.window_size}"

@@ -165,7 +165,7 @@ def test_a_repeated_pass_draws_as_the_first_one_on_each_rank(pool2: Any, layout:
 
 def scaled(overrides: list[str], scale: float) -> list[tuple[float, Gradients]]:
     config = configured(overrides)
-    return train(build(config, double(config), torch.amp.GradScaler("cpu", init_scale=scale)))
+    return train(build(config, double(config), scaler=torch.amp.GradScaler("cpu", init_scale=scale)))
 
 
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**-3])

@@ -18,7 +18,7 @@ from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError
 from clipscale.models import CLIP, build_model
 from clipscale.optim import Ema, build_optimizer, configure
-from clipscale.parallel import build_scaler, parallelize
+from clipscale.parallel import build_scaler, heights, lock, parallelize
 from clipscale.trainer.objective import Objective
 from clipscale.trainer.step import TrainStep
 
@@ -57,8 +57,9 @@ def build(
     """A step on this rank; the model, the objective and the scaler are the configuration's where none is given."""
     runtime = Runtime(rank(), world_size(), rank(), torch.device(device))
     model = model or build_model(config.model, logit_bias=config.loss.first_bias)
+    lock(model, config.lock)
     laid_out = parallelize(model, config.parallel, runtime.device)
-    optimizer = build_optimizer(laid_out.model, config.optim)
+    optimizer = build_optimizer(laid_out.model, config.optim, heights(laid_out.model))
     ema = Ema(laid_out.model, 0.9)
     scaler = scaler or build_scaler(config.precision.name, runtime.device)
     return TrainStep(config, runtime, laid_out, objective or Objective(config), optimizer, scaler, ema)

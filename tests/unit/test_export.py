@@ -15,13 +15,21 @@ import clipscale
 from clipscale.apps.export import export
 from clipscale.checkpoint import Checkpointer, Saved
 from clipscale.checkpoint.loading import load_model
+from clipscale.checkpoint.pretrained import load_pretrained, read_pretrained
 from clipscale.config import compose, save_config
 from clipscale.config.rundir import write_result
 from clipscale.errors import ClipscaleError
 from clipscale.models import build_model
-from tests.peers import scramble
+from tests.peers import scramble, vit_small_patch16_siglip_64
 
+SMALL_SIGLIP = vit_small_patch16_siglip_64.__name__  # once imported, timm knows it
 CAPTIONS = ["A red circle, and 2 blue stars!", "don't  look", "naïve café"]
+SIGLIP = [
+    "model=tiny", f"model.vision.timm={SMALL_SIGLIP}", "model.vision.proj=none", "model.text.causal=false",
+    "model.vision.patch_size=null", "model.vision.width=null", "model.vision.layers=null", "model.vision.heads=null",
+    "model.text.pad_to_context=true", "model.text.proj_bias=true", "model.text.norm_eps=1e-6",
+    "model.vision.resize_mode=squash",
+]  # fmt: skip
 SMALL_TEXT = ["model.embed_dim=64", "model.context_length=24", "model.text.width=64", "model.text.layers=2"]
 
 
@@ -66,13 +74,18 @@ def assert_close(image: torch.Tensor, text: torch.Tensor, expected: tuple[torch.
         ["model=tiny", "loss=siglip", "model.mean=[0.5,0.5,0.5]"],
         ["model=rn50", "model.vision.image_size=64", *SMALL_TEXT],
         ["model=convnext_base", "model.vision.timm=convnext_atto", "model.vision.image_size=64", *SMALL_TEXT],
+        ["model=tiny", "model.text.causal=false", "model.text.pad_to_context=true", "model.activation=gelu_tanh"],
+        [*SIGLIP, "loss=siglip", "model.text.pad_id=0", "model.text.activation=gelu_tanh"],
     ],
-    ids=lambda overrides: overrides[0],
+    ids=lambda overrides: " ".join(overrides[:2]),
 )
 @torch.no_grad()
 def test_open_clip_loads_it(overrides: list[str], picture: Image.Image, tmp_path: Path) -> None:
     run, out = make_run(tmp_path, *overrides), tmp_path / "out"
     export(run, "open_clip", out)
+    load_pretrained(load_model(run)[0], read_pretrained(str(out)))  # what is told of the weights is what they are
+    if "model.vision.resize_mode=squash" in overrides:
+        picture = picture.resize((64, 64))  # by each library a bit differently
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
     model.eval()
@@ -84,13 +97,23 @@ def test_open_clip_loads_it(overrides: list[str], picture: Image.Image, tmp_path
     assert_close(image, model.encode_text(tokenizer(CAPTIONS), normalize=True), ours(run, picture))
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_quickgelu"])
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("CLIPModel", ["model=tiny", "model.text.norm_eps=1e-3"]),
+        ("CLIPModel", ["model=tiny_quickgelu", "model.text.activation=gelu"]),
+        ("SiglipModel", [*SIGLIP, "loss=siglip", "model.text.pad_id=49407"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
 @torch.no_grad()
-def test_transformers_loads_it(name: str, picture: Image.Image, tmp_path: Path) -> None:
+def test_transformers_loads_it(name: str, overrides: list[str], picture: Image.Image, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    run, out = make_run(tmp_path, f"model={name}", "ema.decay=0.9"), tmp_path / "out"
+    run, out = make_run(tmp_path, *overrides, "ema.decay=0.9"), tmp_path / "out"
     export(run, "hf", out)
-    model, report = transformers.CLIPModel.from_pretrained(out, output_loading_info=True)
+    assert f"{name}.from_pretrained" in (out / "README.md").read_text()
+    model, report = getattr(transformers, name).from_pretrained(out, output_loading_info=True)
+    load_pretrained(load_model(run)[0], read_pretrained(str(out)))  # what is told of the weights is what they are
     assert not any(report.values()), report
     tokenizer = transformers.CLIPTokenizer.from_pretrained(out)
     texts = tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
@@ -98,6 +121,8 @@ def test_transformers_loads_it(name: str, picture: Image.Image, tmp_path: Path) 
     for row, mine in zip(texts["input_ids"], ids(CAPTIONS), strict=True):
         end = int((mine == ids.eot_id).nonzero()[0])
         assert row[: end + 1].tolist() == mine[: end + 1].tolist()
+    if name == "SiglipModel":
+        picture = picture.resize((64, 64))  # the sides are squashed, by each library a bit differently
     pixels = transformers.CLIPImageProcessor.from_pretrained(out)(picture, return_tensors="pt")["pixel_values"]
     told = model(pixel_values=pixels, input_ids=texts["input_ids"])
     assert_close(told.image_embeds, told.text_embeds, ours(run, picture))
@@ -139,3 +164,8 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
         export(run, "open_clip", tmp_path / "c")
     with pytest.raises(ClipscaleError, match="neither a run directory nor a checkpoint"):
         export(tmp_path / "nothing", "hf", tmp_path / "d")
+    run = make_run(tmp_path / "both", "model=tiny", "model.text.causal=false")
+    with pytest.raises(ClipscaleError, match=r"open_clip has no text tower with .*causal=False, pad_to_context=False"):
+        export(run, "open_clip", tmp_path / "e")
+    with pytest.raises(ClipscaleError, match=r"CLIPModel has no text tower with model.text.causal=False, but True"):
+        export(run, "hf", tmp_path / "f")

@@ -100,7 +100,7 @@ def test_another_architecture_is_one_line() -> None:
         from_open_clip(state | {"visual.attn_pool.q": torch.zeros(1)})
     with pytest.raises(ClipscaleError, match="no logit_bias"):
         to_hf(from_open_clip(state | {"logit_bias": torch.zeros(())}))
-    with torch.device("meta"), pytest.raises(ClipscaleError, match="no image tower but CLIP's ViT"):
+    with torch.device("meta"), pytest.raises(ClipscaleError, match="no image tower but CLIP's ViT and SigLIP's"):
         to_hf(CLIP(load_group("model", "rn50", Model)).state_dict())
     with pytest.raises(ClipscaleError, match="another architecture"):
         from_hf(state)

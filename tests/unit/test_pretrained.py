@@ -121,9 +121,9 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "broken.safetensors").write_bytes(b"1234")
     (tmp_path / "broken.pt").write_bytes(b"1234")
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pt")
-    siglip = tmp_path / "siglip"
-    siglip.mkdir()
-    (siglip / "config.json").write_text('{"model_type": "siglip"}')
+    blip = tmp_path / "blip"
+    blip.mkdir()
+    (blip / "config.json").write_text('{"model_type": "blip"}')
     for where, message in {
         tmp_path / "code.pt": "code.pt is no file of tensors alone",
         tmp_path / "list.pt": "holds no state dict",
@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         tmp_path / "other.pt": "1 of 1 weights have no place in clipscale's towers: x",
         tmp_path / "nothing": "is no file or directory; give open_clip:NAME/TAG",
         tmp_path: "neither a run directory nor a checkpoint",
-        siglip: "model_type=siglip; only clip",
+        blip: "model_type=blip; only clip and siglip",
         "open_clip:ViT-B32/openai": "open_clip has no model ViT-B32",
         "open_clip:ViT-B-32/mine": "no weights 'mine' of ViT-B-32; choose from openai, ",
         "hf:clipscale/no-such-model": "cannot be downloaded here",
