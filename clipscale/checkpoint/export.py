@@ -173,7 +173,9 @@ def write_hf(model: CLIP, tokenizer: Tokenizer, out: Path) -> None:
         hidden_act=HF_ACTIVATIONS[config.activation.value],
         layer_norm_eps=trunk.norm.eps,
     )
-    content = dict(architectures=[name], model_type=kind, dtype="float32", text_config=text, vision_config=vision)
+    content: dict[str, Any] = dict(
+        architectures=[name], model_type=kind, dtype="float32", text_config=text, vision_config=vision
+    )
     if not siglip:
         vision["projection_dim"] = content["projection_dim"] = config.embed_dim
     _write_weights(state, out / EXPORTED)
@@ -244,7 +246,7 @@ def write_onnx(model: CLIP, config: Config, out: Path) -> None:
         largest_difference=differences,
     )
     _write_json(content, out / ONNX_CONFIG)
-    if (tokenizer := _tokenizer(config)).is_bpe:
+    if (tokenizer := _tokenizer(config, "ONNX")).is_bpe:
         _write_byte_pairs(tokenizer.context_length, out)
 
 

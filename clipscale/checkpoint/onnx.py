@@ -116,12 +116,12 @@ def write_graphs(model: CLIP, out: Path, most_bytes: int = MOST_BYTES) -> dict[s
 def draw_inputs(model: CLIP, name: str, batch: int) -> torch.Tensor:
     """Random pictures UInt8[B, 3, S, S] for ``image.onnx``; else padded captions Int64[B, L], of lengths drawn too."""
     generator = torch.Generator().manual_seed(batch)
-    side, text = model.config.vision.image_size, model.text
+    side, text = model.config.vision.image_size, model.config.text
     if name == IMAGE:
         return torch.randint(0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8)
-    ids = torch.randint(0, text.token_embedding.num_embeddings, (batch, text.context_length), generator=generator)
+    ids = torch.randint(0, text.vocab_size, (batch, model.config.context_length), generator=generator)
     ids[ids == text.eot_id] = 0 if text.eot_id else 1
-    ends = torch.randint(0, text.context_length, (batch, 1), generator=generator)
+    ends = torch.randint(0, model.config.context_length, (batch, 1), generator=generator)
     return ids.scatter(1, ends, text.eot_id)
 
 

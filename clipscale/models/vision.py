@@ -67,7 +67,8 @@ def trunk_activation(name: str) -> str | None:
         trunk = timm.create_model(name, num_classes=0)
     if not isinstance(trunk, VisionTransformer):
         return None
-    kind = type(trunk.blocks[0].mlp.act).__name__.lower()
+    first: Any = trunk.blocks[0]
+    kind = type(first.mlp.act).__name__.lower()
     return {"gelutanh": Activation.gelu_tanh, "quickgelu": Activation.quickgelu}.get(kind, Activation.gelu).value
 
 
