@@ -9,6 +9,8 @@ from torch import nn
 from clipscale.config.model import Activation, Text
 from clipscale.models.packing import Packing, attend, attend_from_ends, has_kernel
 
+FILL = 256  # tokens; few shapes to compile for, and little that is computed for nothing
+
 
 class QuickGELU(nn.Module):
     """``x * sigmoid(1.702 x)``, the activation of OpenAI's own weights."""
@@ -93,6 +95,14 @@ class TextTower(nn.Module):
         self.blocks = nn.ModuleList(Block(config, activation, pooled=i == last) for i in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.proj = nn.Linear(config.width, embed_dim, bias=False)
+        self.fill = 0  # tokens of packed captions are a multiple of it
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile each block by torch.compile. Batches are then filled up with tokens that are nobody's, so that few
+        shapes exist; what is computed of captions stays the same."""
+        self.fill = FILL
+        for block in self.blocks:
+            block.compile(backend=backend)
 
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor | Packing) -> torch.Tensor:
         """Features of packed captions: ``ids`` Int[T], all captions end to end, and ``lengths`` Int[B].
@@ -123,7 +133,7 @@ class TextTower(nn.Module):
         device, dtype = self.positional_embedding.device, self.positional_embedding.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        return Packing.of(lengths, device, exact=has_kernel(device, dtype, self.head_width))
+        return Packing.of(lengths, device, exact=has_kernel(device, dtype, self.head_width), fill=self.fill)
 
     def pack(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Padded ids Int[B, L] as packed ids Int[T] and lengths Int[B]; each caption ends at its end-of-text token.

@@ -56,8 +56,10 @@ def parallelize(model: CLIP, config: Parallel, device: torch.device) -> Parallel
             options = {"context_fn": partial(recomputing, block)} if has_batchnorm(block) else {}
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
     if config.compile:
-        for block in blocks["visual"]:  # captions have a length of their own in every batch
+        for block in blocks["visual"]:
             block.compile()
+        if device.type == "cuda":  # attention within captions of any lengths is one operation there
+            model.text.compile_blocks()
     if dist.is_initialized():
         return STRATEGIES[config.strategy.value](model, units, device)
     return Parallelized(model, model)
