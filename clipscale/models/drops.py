@@ -55,7 +55,12 @@ class DropPatches(nn.Module):
     kept: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.gather(1, self.kept[:, :, None].expand(-1, -1, x.shape[2])) if self.training else x
+        if not self.training:
+            return x
+        # Rows of all images in one: a gather along the second dimension would keep its input for the backward pass.
+        first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+        rows = (first + self.kept).flatten()
+        return x.flatten(0, 1).index_select(0, rows).unflatten(0, self.kept.shape)
 
 
 class Drops(nn.Module):

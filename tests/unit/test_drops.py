@@ -9,6 +9,7 @@ import pytest
 import torch
 from timm.layers import PatchDropout
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 from clipscale.config import load_group
 from clipscale.config.model import Model, Pool, Vision
@@ -16,6 +17,7 @@ from clipscale.data.prepare import sample_seed
 from clipscale.errors import ConfigError
 from clipscale.models import CLIP, build_model
 from clipscale.models.drops import PATCHES, PATHS, DropPatches, DropPath, draw
+from clipscale.models.flops import Execution, activations, flops, parameters
 from clipscale.models.vision import VisionTower
 from tests.towers import randomise
 
@@ -181,3 +183,43 @@ def test_a_model_passes_the_seeds_on() -> None:
     features = model(images(4), ids, lengths, None, SEEDS[:4]).image
     assert torch.equal(model(images(4), ids, lengths, seeds=SEEDS[:4]).image, features)
     assert not torch.equal(model(images(4), ids, lengths, seeds=SEEDS[4:8]).image, features)
+
+
+def kept_bytes(made: VisionTower, count: int) -> int:
+    """What autograd keeps of a batch for the backward pass, parameters left out."""
+    storages = {t.untyped_storage().data_ptr(): 0 for t in (*made.parameters(), *made.buffers())}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        features = torch.nn.functional.normalize(made(images(count), SEEDS[:count]), dim=-1)
+    del features
+    return sum(storages.values())
+
+
+VARIANTS = [{"patch_dropout": 0.5}, {"patch_dropout": 0.75, "pool": Pool.avg}, {"pool": Pool.avg, "drop_path": 0.2}]
+
+
+@pytest.mark.parametrize("vision", VARIANTS, ids=str)
+def test_what_patch_dropout_and_pools_cost(vision: dict[str, Any]) -> None:
+    """Fewer patches' FLOPs and bytes; where all are pooled, nothing of the last block is left out."""
+    config: Model = load_group("model", "tiny", Model)
+    config = replace(config, vision=replace(config.vision, **vision))
+    made = CLIP(config).visual.train()
+    execution = Execution(pooled_last_block=True)
+    assert parameters(config).vision == sum(p.numel() for p in made.parameters())
+    with FlopCounterMode(display=False) as counter:
+        made(images(2))
+    cost = flops(config, execution).vision
+    assert cost == pytest.approx(counter.get_total_flops() / 2, rel=1e-3)
+    assert (flops(config, replace(execution, pooled_last_block=False)).vision > cost) == ("pool" not in vision)
+    assert activations(config, execution).vision == pytest.approx(kept_bytes(made, 3) - kept_bytes(made, 2), rel=0.01)
+
+
+def test_the_cost_of_attention_pools_is_not_known() -> None:
+    config: Model = load_group("model", "tiny", Model)
+    with pytest.raises(ConfigError, match=r"model.vision.pool=map: what it costs is not known"):
+        flops(replace(config, vision=replace(config.vision, pool=Pool.map)))
