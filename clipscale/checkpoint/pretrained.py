@@ -25,7 +25,7 @@ from clipscale.models import CLIP
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 HF_CONFIG = "config.json"
 HF_IMAGES = "preprocessor_config.json"
-BIAS = "temperature.logit_bias"
+BIAS, HEAD = "temperature.logit_bias", "head."
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,16 @@ def load_pretrained(model: CLIP, found: Pretrained) -> None:
     """Copy weights into ``model``, in its own dtype.
 
     A bias on the logits is left out where the model's loss has none (the softmax does not see it), and kept as it is
-    where the weights have none. Raises ClipscaleError that says what differs, and what to choose.
+    where the weights have none. A classifier's head stays the model's own. Raises ClipscaleError that says what
+    differs, and what to choose.
     """
     state, own = dict(found.state), model.state_dict()
     if BIAS not in own:
         state.pop(BIAS, None)
     elif BIAS not in state:
         state[BIAS] = own[BIAS]
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(HEAD)}
+    state |= {name: tensor for name, tensor in own.items() if name.startswith(HEAD)}
     _check_shapes(model, state, found)
     _check_told(model, found)
     model.load_state_dict(state)

@@ -71,6 +71,7 @@ def _join(run: Run, stored: Config) -> None:
             "choose another name=… for a shorter run"
         )
     config.data.streams, config.data.window = stored.data.streams, stored.data.window
+    config.model.classes = stored.model.classes
     run.changes = changed[Resume.event]
 
 
