@@ -230,6 +230,8 @@ def _lock(config: Config) -> Iterator[str]:
             yield f"lock.{tower}_unlocked_groups={unlocked} must be 0 or more"
         elif unlocked and not locked:
             yield f"lock.{tower}_unlocked_groups={unlocked} has no effect without lock.{tower}=true"
+        if locked and config.init.weights is None:
+            yield f"lock.{tower}=true locks weights that nothing has trained; use init.weights=…, or lock.{tower}=false"
     if all(locked and not unlocked for locked, unlocked in towers.values()):
         yield "lock.image=true, lock.text=true: nothing is left to train; use lock.text_unlocked_groups=1"
 

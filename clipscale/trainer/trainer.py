@@ -364,10 +364,12 @@ class Trainer:
         start = f"resuming at {saved.samples_seen:,}" if saved.samples_seen else "starting"
         start += f" from {self.starts_from}," if self.starts_from else ""
         parameters = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        locked = f" ({trained / 1e6:.1f} M trained)" if trained < parameters else ""
         parts = f", {self.step.microbatches} microbatches on each process" if self.step.microbatches > 1 else ""
         say(f"{self.path}: {start} of {config.total_samples:,} samples in batches of {config.global_batch_size}{parts}")
         say(
-            f"  model {model_summary(config.model)}, {parameters / 1e6:.1f} M parameters; "
+            f"  model {model_summary(config.model)}, {parameters / 1e6:.1f} M parameters{locked}; "
             f"{config.parallel.strategy.value}, {self.runtime.world} x {self.runtime.device.type}, "
             f"{config.precision.name.value}"
         )
