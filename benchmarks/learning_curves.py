@@ -166,7 +166,7 @@ def evaluate(config: Config, model: CLIP) -> dict[str, float]:
     tokenizer = build_tokenizer(config.tokenizer, config.model)
     context = eval_context(config, model.eval(), tokenizer, torch.device("cpu"))
     found: dict[str, float] = {}
-    for one in build_evaluators(config.data, build_store(config), config.model.vision, config.global_batch_size):
+    for one in build_evaluators(config.data, build_store(config), config.model, config.global_batch_size):
         found |= one.run(context)
     return {key: value for key, value in found.items() if not key.endswith("_chance")}
 

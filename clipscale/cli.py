@@ -67,6 +67,23 @@ def export_command(
     export(run, to, out)
 
 
+@app.command("interpolate")
+def interpolate_command(
+    first: Annotated[str, typer.Argument(help="A run, a checkpoint, or what else init.weights takes.")],
+    second: Annotated[str, typer.Argument(help="Another of the same architecture, e.g. one fine-tuned from it.")],
+    alpha: Annotated[list[float], typer.Option(help="Share of SECOND, from 0 to 1; give it again for several.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; it must be new or empty.")],
+    classes: Annotated[
+        str | None, typer.Option(help="Class names and prompts of a classifier, where its run does not name them.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Write the weights between two models, as for WiSE-FT: fine-tuned and zero-shot in one."""
+    from clipscale.apps.interpolate import interpolate
+
+    interpolate(first, second, alpha, out, classes, device)
+
+
 @app.command("version")
 def version_command() -> None:
     """Print the version."""

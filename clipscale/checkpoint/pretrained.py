@@ -29,7 +29,7 @@ from clipscale.models.vision import trunk_activation
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 HF_CONFIG = "config.json"
 HF_IMAGES = "preprocessor_config.json"
-BIAS = "temperature.logit_bias"
+BIAS, HEAD = "temperature.logit_bias", "head."
 # Our activations, as Hugging Face calls them.
 HF_ACTIVATIONS = {"gelu": "gelu", "quickgelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
@@ -75,8 +75,8 @@ def load_pretrained(model: CLIP, found: Pretrained) -> list[str]:
 
     A bias on the logits is left out where the model's loss has none (the softmax does not see it), and kept as it is
     where the weights have none. Position embeddings of another image size or context length are brought to the model's.
-    A model with a text tower of Hugging Face's takes the image tower alone of weights that have another text tower.
-    Raises ClipscaleError that says what else differs, and what to choose.
+    A model with a text tower of Hugging Face's takes the image tower alone of weights that have another text tower, and
+    a classifier's head stays the model's own. Raises ClipscaleError that says what else differs, and what to choose.
     """
     state, own = dict(found.state), model.state_dict()
     if isinstance(model.text, HFTextTower) and not found.of_hf_text:
@@ -86,6 +86,8 @@ def load_pretrained(model: CLIP, found: Pretrained) -> list[str]:
         state.pop(BIAS, None)
     elif BIAS not in state:
         state[BIAS] = own[BIAS]
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(HEAD)}
+    state |= {name: tensor for name, tensor in own.items() if name.startswith(HEAD)}
     resized = fit_positions(model, state)
     _check_shapes(model, state, found)
     _check_told(model, found)

@@ -106,6 +106,9 @@ class Data:
     """Members of a sample that may hold the image, in order of preference."""
     caption_key: str = fixed("txt")
     """Where the caption stands: a member such as `txt`, or `json:FIELD`; of a list, one caption is drawn per view."""
+    label_key: str | None = fixed(None)
+    """Where a training sample's class index stands, for `loss=cross_entropy`: `json:FIELD` or a member such as `cls`;
+    captions are not read then. null: samples are pairs."""
     negatives_key: str | None = fixed(None)
     """Where texts stand that are wrong about the image on purpose, hard negatives of the training loss: a member or
     `json:FIELD`, a text or a list of them; a sample may lack them. null: none."""

@@ -9,6 +9,13 @@ from typing import Any
 from clipscale.config.fields import event, fixed, group
 
 
+class HeadStart(Enum):
+    """What a classifier's head starts from."""
+
+    zeroshot = "zeroshot"  # the text tower's features of the classes' prompts
+    zeros = "zeros"
+
+
 class Activation(Enum):
     """Activation of the transformer MLPs; OpenAI's own weights were trained with ``quickgelu``."""
 
@@ -162,6 +169,9 @@ class Model:
     """Per-channel mean that is taken from images in [0, 1]; the default is OpenAI's."""
     std: list[float] = fixed([0.26862954, 0.26130258, 0.27577711])
     """Per-channel standard deviation of images in [0, 1]; the default is OpenAI's."""
+    classes: list[str] | None = fixed(None)
+    """Names of the classes of a head on the image tower. Recorded by `loss=cross_entropy`, from
+    `data.zeroshot.classes`; null: no head."""
 
 
 @dataclass
@@ -173,6 +183,9 @@ class Init:
     checkpoint, an exported directory, or a `.safetensors` or `.pt` file; null draws them from the seed. Position
     embeddings of another image size or context length are brought to the model's. Not read again when the run is
     resumed."""
+    head: HeadStart = fixed(HeadStart.zeroshot)
+    """What the head of `loss=cross_entropy` starts from: `zeroshot`, the features of the classes' prompts times the
+    temperature, so that the classifier is at first the zero-shot one (WiSE-FT); or `zeros`."""
 
 
 def text_activation(model: Model) -> Activation:

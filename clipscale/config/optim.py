@@ -11,10 +11,11 @@ from clipscale.errors import ConfigError
 
 
 class LossName(Enum):
-    """Contrastive losses over the global batch."""
+    """Losses over the global batch: contrastive ones, and that of a classifier."""
 
     clip = "clip"
     siglip = "siglip"
+    cross_entropy = "cross_entropy"
 
 
 class MaskDuplicates(Enum):
@@ -54,7 +55,8 @@ class Loss:
     """The contrastive loss and the start of its temperature."""
 
     name: LossName = fixed(LossName.clip)
-    """Softmax (`clip`) or pairwise sigmoid (`siglip`) loss."""
+    """Softmax (`clip`) or pairwise sigmoid (`siglip`) loss of pairs; `cross_entropy` trains the image tower with a
+    linear head over the classes of `data.zeroshot.classes`, on images with labels."""
     init_logit_scale: float = fixed(14.285714285714285)
     """First value of the multiplier on cosine similarities: 1/0.07 in CLIP, 10 in SigLIP."""
     init_logit_bias: float = fixed(0.0)
@@ -65,7 +67,8 @@ class Loss:
     """Pairs off the diagonal that leave the denominators, for they are no negatives: those of equal captions (`text`),
     of equal images (`image`), or of either (`both`); `none` keeps all."""
     label_smoothing: float = fixed(0.0)
-    """Part of the softmax loss's target that is spread evenly over all that an image or a text is compared with."""
+    """Part of the target of a softmax loss, or of cross entropy, that is spread evenly over all that an image or a text
+    is compared with."""
     teachers: Any = fixed([])
     """Teachers to distil from: checkpoints of clipscale or runs (the newest checkpoint at the student's start), or
     `{image: MEMBER, text: MEMBER, logit_scale: 100}`, embeddings that are stored with the samples and the multiplier

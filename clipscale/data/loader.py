@@ -41,6 +41,7 @@ class Batch:
     ``images`` UInt8[B, 3, S, S]; ``text_ids`` Int32[T], all captions end to end; ``text_lengths`` Int32[B];
     ``positions`` Int64[streams], where each stream stands after this batch; ``keys``, one per pair; ``caption_ids``
     Int64[B], equal for captions of the same tokens; ``seeds`` Int64[B], each sample's own, from which the towers draw.
+    With `data.label_key`, a caption is one token: the class index.
     """
 
     images: torch.Tensor

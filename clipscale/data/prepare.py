@@ -23,6 +23,7 @@ from clipscale.data.samples import (
     content_digest,
     decode_image,
     find_image,
+    find_label,
     find_negatives,
     stored_texts,
     train_crop,
@@ -50,6 +51,10 @@ class SampleOptions:
     negatives_per_sample: int = 1
     teachers: tuple[StoredTeacher, ...] = ()
     """Whose embeddings every sample must have."""
+    label_key: str | None = None
+    """Where a sample's class index stands, which then takes the place of a caption: one token, the class."""
+    classes: int = 0
+    """How many classes there are, where there are labels."""
 
 
 class _Drawn(NamedTuple):
@@ -107,8 +112,11 @@ class Preparer:
         """
         options, samples = self.options, [sample for _, _, sample in raw]
         randoms = [KeyedRandom(options.seed, stream, position) for stream, position, _ in raw]
-        captions = _stage(samples, lambda i, sample: self._draw(sample, randoms[i]))
-        texts = _stage(captions, lambda i, drawn: self._prepare(drawn, randoms[i], *raw[i]))
+        if options.label_key is not None:
+            texts = _stage(samples, lambda i, _: self._label(*raw[i]))
+        else:
+            captions = _stage(samples, lambda i, sample: self._draw(sample, randoms[i]))
+            texts = _stage(captions, lambda i, drawn: self._prepare(drawn, randoms[i], *raw[i]))
         if options.negatives_key is not None:
             texts = _stage(texts, lambda i, prepared: self._add_negatives(prepared, *raw[i]))
         if options.teachers:
@@ -123,6 +131,16 @@ class Preparer:
             return prepared
 
         return _stage(texts, place)
+
+    def _label(self, stream: int, position: int, sample: Member) -> Prepared:
+        if sample.problem:
+            raise BadSample(sample.problem)
+        assert self.options.label_key is not None
+        label = find_label(sample, self.options.label_key)
+        if not 0 <= label < self.options.classes:
+            raise BadSample("label_outside_classes")
+        seed = sample_seed(self.options.seed, stream, position)
+        return Prepared(sample.key, np.array([label], np.int32), False, _Drawn("", 0, 1), seed)
 
     def _draw(self, sample: Member, random: KeyedRandom) -> _Drawn:
         if sample.problem:

@@ -20,11 +20,11 @@ from clipscale.checkpoint import TOKENIZER
 from clipscale.checkpoint.pretrained import load_pretrained, read_pretrained, read_text_tower
 from clipscale.config import Config
 from clipscale.config.data import Builtin, Data
-from clipscale.config.optim import MaskDuplicates
+from clipscale.config.optim import LossName, MaskDuplicates
 from clipscale.data.augment import ColorOptions
 from clipscale.data.embeddings import StoredTeacher
 from clipscale.data.index import cache_dir
-from clipscale.data.io import ShardStore
+from clipscale.data.io import ShardStore, resolve
 from clipscale.data.loader import TrainLoader
 from clipscale.data.manifest import ShardFile, Summary, damages, expand_shards, summarise
 from clipscale.data.order import SampleOrder, Shard
@@ -34,12 +34,12 @@ from clipscale.data.shapes import ShapesSpec, ensure_shapes, train_shards
 from clipscale.data.stream import read_samples
 from clipscale.data.synthetic import SyntheticLoader
 from clipscale.data.tokenizer import Tokenizer, build_tokenizer
-from clipscale.distributed.collectives import ALONE, whole
+from clipscale.distributed.collectives import ALONE, fill, whole
 from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ClipscaleError, ConfigError, DataError
-from clipscale.evals import EvalContext
+from clipscale.evals import Classes, EvalContext
 from clipscale.losses import LOSSES
-from clipscale.models import CLIP
+from clipscale.models import CLIP, Classifier
 from clipscale.models.hf import HFTextTower, read_hf_config
 from clipscale.parallel import towers_autocast
 from clipscale.trainer.probe import probe
@@ -209,11 +209,37 @@ def build_loader(
             data.negatives_key,
             data.negatives_per_sample,
             train.teachers,
+            data.label_key,
+            len(config.model.classes or ()),
         ),
         tokenizer=tokenizer,
         workers=data.workers,
         pin_memory=runtime.device.type == "cuda",
     )
+
+
+def read_classes(config: Config, data: Data, store: ShardStore, runtime: Runtime) -> Classes | None:
+    """The classes of a run that trains a classifier; None for another.
+
+    Records their names in ``config``. Raises DataError when they cannot be read, or are not those that are recorded.
+    """
+    if config.loss.name is not LossName.cross_entropy:
+        return None
+    classes = once_per_node(runtime, lambda: Classes.load(store, resolve(str(data.zeroshot.classes), data.root)))
+    classes.agree(config.model.classes or classes.names)
+    config.model.classes = classes.names
+    return classes
+
+
+def start_head(config: Config, model: Classifier, classes: Classes, tokenizer: Tokenizer, device: torch.device) -> None:
+    """Make a classifier what its towers are without training: its logits are the similarities to the classes' prompts.
+
+    A collective.
+    """
+    context = eval_context(config, model.eval(), tokenizer, device)
+    weight = classes.embed(context) * whole(model.logit_scale.detach()).exp().cpu()
+    fill(model.head.weight, weight)
+    fill(model.head.bias, torch.zeros(len(weight)))
 
 
 def start_from(model: CLIP, config: Config, runtime: Runtime) -> tuple[str, list[str]]:

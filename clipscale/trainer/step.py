@@ -14,12 +14,11 @@ from clipscale.data.loader import Batch, step_seed
 from clipscale.distributed.collectives import Gathering, whole
 from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError
-from clipscale.losses import LossStats
 from clipscale.models import CLIP, Features
 from clipscale.optim import Ema
 from clipscale.parallel import Parallelized, takes_statistics, towers_autocast
 from clipscale.trainer.cached import backward_through_parts
-from clipscale.trainer.objective import Objective, SendAhead, extra_rows
+from clipscale.trainer.objective import Objective, SendAhead, Stats, extra_rows
 
 
 @dataclass
@@ -36,7 +35,7 @@ class TrainStep:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: Ema | None
-    _stats: LossStats | None = None  # of the last step, if they were asked for
+    _stats: Stats | None = None  # of the last step, if they were asked for
     _norm: torch.Tensor | None = None  # of the gradient before clipping; None if nothing is clipped
 
     def __post_init__(self) -> None:
@@ -126,7 +125,7 @@ class TrainStep:
     @torch.no_grad()
     def _clamp_temperature(self) -> None:
         highest = self.config.loss.max_logit_scale
-        if highest is not None:
+        if highest is not None and self.model.logit_scale.requires_grad:
             self.model.logit_scale.clamp_(0.0, math.log(highest))
 
 

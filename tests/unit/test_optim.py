@@ -83,6 +83,7 @@ def test_a_layer_decay_out_of_range_is_refused(decay: float) -> None:
     ("overrides", "message"),
     [
         (["lock.image=true", "lock.text=true"], "nothing is left to train"),
+        (["lock.image=true"], "locks weights that nothing has trained"),
         (["lock.text_unlocked_groups=2"], "no effect without lock.text=true"),
         (["lock.image=true", "lock.image_unlocked_groups=-1"], "must be 0 or more"),
     ],
