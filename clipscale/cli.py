@@ -58,7 +58,7 @@ def eval_command(
 @app.command("export")
 def export_command(
     run: Annotated[Path, typer.Argument(help="A run directory or one of its checkpoints.")],
-    to: Annotated[str, typer.Option(help="open_clip, hf or safetensors.")],
+    to: Annotated[str, typer.Option(help="open_clip, hf, safetensors or onnx.")],
     out: Annotated[Path, typer.Option(help="Directory to write; it must be new or empty.")],
 ) -> None:
     """Write what a run trained as a directory that another library loads, with a model card."""

@@ -18,7 +18,7 @@ from clipscale.config.rundir import read_result
 from clipscale.data.tokenizer import HF
 from clipscale.errors import ClipscaleError, ConfigError
 
-LIBRARY = {"open_clip": "open_clip", "hf": "transformers", "safetensors": "clipscale"}
+LIBRARY = {"open_clip": "open_clip", "hf": "transformers", "safetensors": "clipscale", "onnx": "onnx"}
 
 # Blocks that fill a directory with the name OUT stands for.
 LOADING = {
@@ -47,6 +47,30 @@ tokenizer = CLIPTokenizer.from_pretrained("OUT")  # the model sees the padding: 
 import clipscale
 
 model, preprocess, tokenizer = clipscale.load("OUT")
+""",
+    "onnx": """\
+import json
+
+import numpy
+import onnxruntime
+from clipscale.config.model import ResizeMode
+from clipscale.data.samples import preprocess
+from clipscale.data.tokenizer import Tokenizer
+from PIL import Image
+
+told = json.load(open("OUT/clipscale.json"))
+image_encoder, text_encoder = (onnxruntime.InferenceSession(f"OUT/{name}.onnx") for name in ("image", "text"))
+
+# What goes in: UInt8[B, 3, S, S], resized and cut but not normalised, and Int64[B, L], each row with its end token.
+pictures = [Image.new("RGB", (320, 240), "red"), Image.new("RGB", (240, 320), "blue")]
+captions = ["something red", "something blue", "a dog"]
+pixels = [preprocess(picture, told["image_size"], ResizeMode(told["resize_mode"])).numpy() for picture in pictures]
+ids = Tokenizer(told["tokenizer"], told["context_length"])(captions).numpy()
+
+# What comes out: unit vectors, Float[B, D].
+[image] = image_encoder.run(None, {"images": numpy.stack(pixels)})
+[text] = text_encoder.run(None, {"ids": ids})
+logits = told["logit_scale"] * image @ text.T + (told["logit_bias"] or 0)
 """,
 }
 

@@ -1,4 +1,5 @@
-"""A model as a directory that another library loads: open_clip, Hugging Face transformers, or safetensors alone."""
+"""A model as a directory that another library loads: open_clip, Hugging Face transformers, ONNX runtimes, or
+clipscale itself."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from clipscale.checkpoint.interop import State, is_clip_resnet, is_clip_vit, is_siglip, to_hf, to_open_clip
 from clipscale.checkpoint.loading import EXPORTED
+from clipscale.checkpoint.onnx import write_graphs
 from clipscale.checkpoint.pretrained import HF_ACTIVATIONS, HF_CONFIG, HF_IMAGES, OPEN_CLIP_CONFIG, tell
 from clipscale.config import Config, save_config
 from clipscale.config.data import Builtin, Data
@@ -25,6 +27,7 @@ from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP
 from clipscale.models.vision import trunk_activation
 
+ONNX_CONFIG = "clipscale.json"
 START, END = "<|startoftext|>", "<|endoftext|>"  # as Hugging Face writes the tokens that open_clip names otherwise
 
 
@@ -108,6 +111,11 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
             width=2 * trunk.stem.conv1.conv.out_channels,
             head_width=trunk.head.head_dim,
         )
+    if vision.pool is not None:
+        raise ClipscaleError(
+            f"open_clip cannot be told of model.vision.pool={vision.pool.value} with model.vision.timm={vision.timm}; "
+            "use --to safetensors"
+        )
     if vision.timm.startswith("vit_") and not _is_timms_own(model):
         raise ClipscaleError(
             f"open_clip cannot be told of another size or activation of model.vision.timm={vision.timm}; use --to "
@@ -166,7 +174,9 @@ def write_hf(model: CLIP, tokenizer: Tokenizer, out: Path) -> None:
         hidden_act=HF_ACTIVATIONS[config.activation.value],
         layer_norm_eps=trunk.norm.eps,
     )
-    content = dict(architectures=[name], model_type=kind, dtype="float32", text_config=text, vision_config=vision)
+    content: dict[str, Any] = dict(
+        architectures=[name], model_type=kind, dtype="float32", text_config=text, vision_config=vision
+    )
     if not siglip:
         vision["projection_dim"] = content["projection_dim"] = config.embed_dim
     _write_weights(state, out / EXPORTED)
@@ -224,6 +234,29 @@ def write_safetensors(model: CLIP, config: Config, out: Path) -> None:
     save_config(kept, out / "config.yaml")
 
 
+def write_onnx(model: CLIP, config: Config, out: Path) -> None:
+    """``image.onnx`` and ``text.onnx``, and in ``clipscale.json`` what their inputs must be and the temperature.
+
+    Raises as :func:`clipscale.checkpoint.onnx.write_graphs` does.
+    """
+    differences = write_graphs(model, out)
+    scale, bias = (None if value is None else float(value.detach()) for value in model.temperature())
+    content = dict(
+        model=config.model.name,
+        embed_dim=config.model.embed_dim,
+        image_size=config.model.vision.image_size,
+        resize_mode=config.model.vision.resize_mode.value,
+        context_length=config.model.context_length,
+        tokenizer=config.tokenizer.name,
+        logit_scale=scale,
+        logit_bias=bias,
+        largest_difference=differences,
+    )
+    _write_json(content, out / ONNX_CONFIG)
+    if (tokenizer := _tokenizer(config, "ONNX")).is_bpe:
+        _write_byte_pairs(tokenizer.context_length, out)
+
+
 def _only_byte_pairs(tokenizer: Tokenizer) -> None:
     if not tokenizer.is_bpe:
         raise ClipscaleError(
@@ -261,6 +294,7 @@ WRITERS: dict[str, Callable[[CLIP, Config, Path], None]] = {
     "open_clip": lambda model, config, out: write_open_clip(model, _tokenizer(config, "open_clip"), out),
     "hf": lambda model, config, out: write_hf(model, _tokenizer(config, "CLIPModel"), out),
     "safetensors": write_safetensors,
+    "onnx": write_onnx,
 }
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from timm.layers.attention_pool2d import AttentionPool2d
+from timm.models.vision_transformer import VisionTransformer
 
 from clipscale.checkpoint.interop import State
 from clipscale.models import CLIP
@@ -41,7 +42,7 @@ def _places(model: CLIP) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.T
     head = getattr(trunk, "head", None)
     if isinstance(head, AttentionPool2d):
         yield "visual.trunk.head.pos_embed", lambda found: _on_grid(found, head.feat_size, 1)
-    elif isinstance(getattr(trunk, "pos_embed", None), torch.nn.Parameter) and hasattr(trunk, "num_prefix_tokens"):
+    elif isinstance(trunk, VisionTransformer) and trunk.pos_embed is not None:
         prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
         yield "visual.trunk.pos_embed", lambda found: _on_grid(found, trunk.patch_embed.grid_size, prefix)
     if hasattr(model.text, "positional_embedding"):

@@ -14,6 +14,8 @@ class LongCaption(Enum):
 
     head = "head"
     random_sentence = "random_sentence"
+    block = "block"
+    random = "random"
 
 
 class Builtin(Enum):
@@ -112,7 +114,8 @@ class Data:
     clean_captions: bool = fixed(False)
     """Take web addresses, HTML tags and control characters out of training captions and negatives."""
     long_caption: LongCaption = fixed(LongCaption.head)
-    """What training takes of a caption longer than the context: its `head`, or from a `random_sentence` on."""
+    """What training takes of a caption longer than the context: its `head`, what follows from a `random_sentence` on, a
+    `block` of tokens from anywhere in it, or `random` ones of its tokens, in their order."""
     crop_scale: list[float] | None = fixed([0.9, 1.0])
     """Area range of the random resized crop, as shares of the image; null: no random crop, training sees pictures as
     evaluation does (`model.vision.resize_mode`)."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from clipscale.config.fields import fixed, group
+from clipscale.config.fields import event, fixed, group
 
 
 class Activation(Enum):
@@ -55,6 +55,14 @@ class ImageProjection(Enum):
     none = "none"  # nothing: the tower's width is that of the space
 
 
+class Pool(Enum):
+    """What a ViT makes one vector of its tokens by."""
+
+    token = "token"  # the class token
+    avg = "avg"  # mean of the patches
+    map = "map"  # attention with a learned query
+
+
 @dataclass
 class Vision:
     """The image tower: any timm architecture."""
@@ -73,11 +81,21 @@ class Vision:
     """Depth of a ViT; null keeps the architecture's own."""
     heads: int | None = fixed(None)
     """Attention heads of a ViT; null keeps the architecture's own."""
+    pool: Pool | None = fixed(None)
+    """How a ViT is pooled: at its class `token`, by the mean of its patches (`avg`) or by attention (`map`); null keeps
+    the architecture's own."""
     drop_path: float = fixed(0.0)
-    """Stochastic depth rate."""
+    """Stochastic depth rate of the last block; earlier ones have less, in proportion to their depth."""
+    patch_dropout: float = event(0.0)
+    """Share of the patches of a ViT that training leaves out, others for each sample (FLIP: 0.5 or 0.75); class and
+    register tokens stay."""
     proj: ImageProjection = fixed(ImageProjection.linear)
     """From the tower's features into the shared space: a `linear` layer, or `none` as in SigLIP, whose attention pool
     ends with an MLP."""
+
+    def kept_patches(self, patches: int) -> int:
+        """How many of a ViT's ``patches`` training computes; the same of every image."""
+        return max(1, int(patches * (1 - self.patch_dropout)))
 
 
 @dataclass

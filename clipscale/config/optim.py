@@ -109,7 +109,8 @@ class Optim:
     microbatches: Any = free(1)
     """Parts in which a process takes its pairs of a batch through the towers, so that the batch need not fit into its
     memory: a number, or `auto` for as few as `max_microbatch` allows. The gradient is that of the whole batch; more
-    than 1 repeat all but one part's forward pass. Where something is random in the model, each part draws its own."""
+    than 1 repeat all but one part's forward pass. What the image tower drops is each sample's own, whatever
+    their number."""
     max_microbatch: int | None = free(None)
     """Most pairs that a process takes through the towers at once, where `microbatches=auto`."""
 

@@ -233,6 +233,8 @@ def _training(config: Config) -> Iterator[str]:
         yield f"model.mean={model.mean} and model.std={model.std} must be three numbers each, std above 0"
     if not 0 <= (vision.drop_path or 0) < 1:
         yield f"model.vision.drop_path={vision.drop_path} must lie in [0, 1)"
+    if not 0 <= vision.patch_dropout < 1:
+        yield f"model.vision.patch_dropout={vision.patch_dropout} must lie in [0, 1), e.g. 0.5"
     if vision.heads is not None and (vision.heads < 1 or (vision.width is not None and vision.width % vision.heads)):
         yield f"model.vision.width={vision.width} is not divisible by model.vision.heads={vision.heads}"
     if config.model.text.heads < 1 or config.model.text.width % config.model.text.heads:

@@ -83,16 +83,17 @@ class CLIP(nn.Module):
         text_ids: torch.Tensor,
         text_lengths: torch.Tensor | Packing,
         after_text: Callable[[torch.Tensor, torch.Tensor], object] | None = None,
+        seeds: torch.Tensor | None = None,
     ) -> Features:
         """Features of a batch of B pairs: ``images`` as VisionTower takes them, captions packed as TextTower does.
 
         Captions beyond the first B belong to no image. ``after_text`` is called with ``text`` and ``extra_text`` before
-        the image tower begins.
+        the image tower begins. ``seeds`` Int64[B] are the images', as VisionTower takes them.
         """
         text, extra_text = _normalize(self.text(text_ids, text_lengths)).tensor_split([len(images)])
         if after_text is not None:
             after_text(text, extra_text)
-        image = _normalize(self.visual(images))
+        image = _normalize(self.visual(images, seeds))
         return Features(image, text, extra_text, *self.temperature())
 
     def encode_image(self, images: torch.Tensor, normalize: bool = False) -> torch.Tensor:

@@ -63,7 +63,8 @@ class TrainStep:
         loss = self._backward(batch, samples_seen, stats)
         self.scaler.unscale_(self.optimizer)
         if self.config.optim.clip_grad_norm is not None:
-            self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad_norm)
+            highest = self.config.optim.clip_grad_norm
+            self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), highest, foreach=True)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._clamp_temperature()
@@ -76,8 +77,8 @@ class TrainStep:
         parts = batch.cut(self.microbatches)
 
         def forward(i: int, ahead: SendAhead | None = None) -> Features:
-            # Derived, never saved: a resumed run draws what an undisturbed one would have drawn, and a repeated forward
-            # pass what the first one drew.
+            # For what does not draw from the samples' own seeds. Derived, never saved: a resumed run draws what an
+            # undisturbed one would have drawn, and a repeated forward pass what the first one drew.
             torch.manual_seed(step_seed(self.config.seed, samples_seen, self.runtime.rank, i))
             return self._features(parts[i], ahead)
 
@@ -96,17 +97,17 @@ class TrainStep:
         if batch.negative_ids is not None and batch.negative_lengths is not None:
             ids = torch.cat([ids, batch.negative_ids])
             lengths = torch.cat([lengths, batch.negative_lengths[batch.negative_lengths > 0]])
-        images, ids = (tensor.to(device, non_blocking=True) for tensor in (batch.images, ids))
+        images, ids, seeds = (tensor.to(device, non_blocking=True) for tensor in (batch.images, ids, batch.seeds))
         # A context for each pass: the casts that autocast keeps from one without a graph have none.
         with towers_autocast(self.config.precision.name, device):
             packing, begin = self.model.text.packing(lengths), ahead.begin if ahead else None
             # A method: FSDP hands on copies of dataclasses where it casts inputs, and a copy's gathering would be lost.
-            features = self.laid_out.module(images, ids, packing, begin)
+            features = self.laid_out.module(images, ids, packing, begin, seeds)
         return features._replace(extra_text=extra_rows(features.extra_text, batch))
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all parameters of all ranks, before it was clipped."""
-        norm = nn.utils.get_total_norm(_gradients(self.model)) if self._norm is None else self._norm
+        norm = nn.utils.get_total_norm(_gradients(self.model), foreach=True) if self._norm is None else self._norm
         return whole(norm).item()
 
     def logit_scale(self) -> float:

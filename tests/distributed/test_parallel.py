@@ -43,7 +43,8 @@ def make_batch(step: int, share: slice) -> Batch:
     captions = [torch.randint(0, 62, (int(n),), generator=generator) for n in lengths]
     captions = [torch.cat([c[:-1], torch.tensor([63])]).int() for c in captions]
     no_positions, caption_ids = torch.zeros(1, dtype=torch.int64), torch.arange(B)[share]
-    return Batch(images[share], torch.cat(captions[share]), lengths[share].int(), no_positions, [], caption_ids)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (B,), generator=generator)[share]
+    return Batch(images[share], torch.cat(captions[share]), lengths[share].int(), no_positions, [], caption_ids, seeds)
 
 
 def build(

@@ -123,9 +123,9 @@ def test_flops_are_what_torch_counts(name: str) -> None:
     assert flops(config_of(name)).forward == pytest.approx(counted(config_of(name)), rel=1e-3)
 
 
-@pytest.mark.parametrize("lengths", [[3], [9, 17, 17, 5], [77, 3, 40, 41, 8], [20, 20]])
+@pytest.mark.parametrize("lengths", [[3], [9, 17, 17, 5], [32, 3, 30, 31, 8]])
 def test_flops_of_groups_are_what_torch_counts(lengths: list[int]) -> None:
-    config = config_of("vit_b_32")
+    config = config_of("tiny")
     cost = flops(config, Execution(lengths, grouped=True))
     assert cost.forward == pytest.approx(counted(config, lengths=lengths), rel=1e-3)
     assert cost.text >= flops(config, Execution(lengths)).text
