@@ -12,8 +12,10 @@ from clipscale.checkpoint.export import WRITERS
 from clipscale.checkpoint.loading import TOKENIZER, find_checkpoint, load_model, stored_tokenizer
 from clipscale.config import Config
 from clipscale.config.data import Builtin
+from clipscale.config.hub import shareable
 from clipscale.config.model import model_summary
 from clipscale.config.rundir import read_result
+from clipscale.data.tokenizer import HF
 from clipscale.errors import ClipscaleError, ConfigError
 
 LIBRARY = {"open_clip": "open_clip", "hf": "transformers", "safetensors": "clipscale", "onnx": "onnx"}
@@ -154,7 +156,8 @@ def _training(path: Path, config: Config) -> dict[str, Any]:
         "precision": config.precision.name.value,
         "activation": config.model.activation.value,
         "image mean and std": f"{config.model.mean} and {config.model.std}",
-        "tokenizer": config.tokenizer.name,
+        "text tower": "clipscale's transformer" if config.model.text.hf is None else shareable(config.model.text.hf),
+        "tokenizer": _tokenizer(config.tokenizer.name),
         "started from": "scratch" if config.init.weights is None else _start(config.init.weights),
         "seed": config.seed,
     }
@@ -162,6 +165,10 @@ def _training(path: Path, config: Config) -> dict[str, Any]:
 
 def _start(weights: str) -> str:
     return weights if weights.startswith(("open_clip:", "hf:")) else "weights of an earlier model"
+
+
+def _tokenizer(name: str) -> str:
+    return HF + shareable(name.removeprefix(HF)) if name.startswith(HF) else name
 
 
 def _data(config: Config) -> str:

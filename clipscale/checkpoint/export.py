@@ -20,8 +20,9 @@ from clipscale.checkpoint.pretrained import HF_ACTIVATIONS, HF_CONFIG, HF_IMAGES
 from clipscale.config import Config, save_config
 from clipscale.config.data import Builtin, Data
 from clipscale.config.data import Tokenizer as TokenizerConfig
+from clipscale.config.hub import shareable
 from clipscale.config.model import Activation, ImageProjection, Model, ResizeMode, TextPool, text_activation
-from clipscale.data.tokenizer import Tokenizer, byte_pairs
+from clipscale.data.tokenizer import HF, Tokenizer, byte_pairs
 from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP
 from clipscale.models.vision import trunk_activation
@@ -214,13 +215,19 @@ def _hf_images(config: Model) -> dict[str, Any]:
 def write_safetensors(model: CLIP, config: Config, out: Path) -> None:
     """Our own names and the configuration of model, tokenizer and loss: what ``clipscale.load(OUT)`` loads.
 
-    Nothing of where data lie goes with it.
+    Nothing of where data or other models lie goes with it.
     """
+    model_config, tokenizer = config.model, config.tokenizer
+    if model_config.text.hf is not None:
+        text = replace(model_config.text, hf=shareable(model_config.text.hf))
+        model_config = replace(model_config, text=text)
+    if tokenizer.name.startswith(HF):
+        tokenizer = replace(tokenizer, name=HF + shareable(tokenizer.name.removeprefix(HF)))
     # Data that need no place: an evaluation names its own.
     kept = Config(
         data=Data(builtin=Builtin.synthetic),
-        model=config.model,
-        tokenizer=config.tokenizer,
+        model=model_config,
+        tokenizer=tokenizer,
         loss=replace(config.loss, teachers=[]),
     )
     _write_weights(model.state_dict(), out / EXPORTED)

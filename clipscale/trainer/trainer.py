@@ -333,11 +333,11 @@ class Trainer:
         if self.runtime.is_main:
             self.checkpoints.clean()
             save_config(self.config, self.path / "config.yaml")  # with the window that was chosen
-            self.tokenizer.save(self.path / TOKENIZER)
             log_event(
                 self.path, "started", attempt=self.attempt, world_size=self.runtime.world,
                 samples_seen=self.saved.samples_seen, checkpoint=newest and newest.name,
             )  # fmt: skip
+            self.tokenizer.save(self.path / TOKENIZER)  # now: until it has started, a run may be given another
 
     def _check_order(self) -> None:
         order = self.train.order

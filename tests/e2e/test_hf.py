@@ -80,6 +80,9 @@ def test_what_is_trained_needs_no_hub(trained: tuple[Path, list[str]], tmp_path:
         export(path, "safetensors", tmp_path / "exported")
         again, _, others = clipscale.load(tmp_path / "exported")
         assert torch.equal(again.encode_text(others(CAPTIONS)), expected)
+    for name in ("config.yaml", "README.md"):
+        text = (tmp_path / "exported" / name).read_text()
+        assert "hf:weights" in text and str(path.parent) not in text, "it tells no place of this machine"
     for to in ("open_clip", "hf"):
         with pytest.raises(ClipscaleError, match=r"cannot be given the text tower model\.text\.hf=.*--to safetensors"):
             export(path, to, tmp_path / to)
