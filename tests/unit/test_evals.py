@@ -15,7 +15,6 @@ from clipscale.data.evalset import EvalItem
 from clipscale.data.samples import BadSample, Member
 from clipscale.errors import DataError
 from clipscale.evals import RetrievalEvaluator
-from clipscale.evals.build import _label
 from clipscale.evals.ranking import chance, hit_probability, hits
 from clipscale.evals.zeroshot import Classes
 from tests.shards import STORE
@@ -105,7 +104,7 @@ def test_an_item_without_its_image_is_small() -> None:
 def test_labels_are_numbers(value: object, label: int | None) -> None:
     sample = Member("s/k", {"json": json.dumps({"label": value}).encode()})
     if label is not None:
-        assert _label(sample, "json:label") == label
+        assert find_label(sample, "json:label") == label
     else:
         with pytest.raises(BadSample, match="label_is_no_number"):
-            _label(sample, "json:label")
+            find_label(sample, "json:label")
