@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clipscale.data.evalset import EvalItem
-from clipscale.data.samples import BadSample, Member
+from clipscale.data.samples import BadSample, Member, find_label
 from clipscale.errors import DataError
 from clipscale.evals import RetrievalEvaluator
 from clipscale.evals.ranking import chance, hit_probability, hits
