@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 from clipscale.config.model import Activation, Text, TextPool
 from clipscale.models.packing import Packing
@@ -60,11 +62,13 @@ def test_so_are_captions_seen_both_ways(pool: TextPool) -> None:
     torch.testing.assert_close(text(*ids), plain, atol=1e-12, rtol=1e-12)
 
 
-def held_against_plain(backend: str, sizes: list[list[int]]) -> list[int]:
+def held_against_plain(backend: str, sizes: list[list[int]], checkpointed: bool = False) -> list[int]:
     """How many graphs there are after each batch; what they compute is held against the plain tower's."""
     torch._dynamo.reset()
     counters.clear()
     plain, compiled, graphs = tower(), tower(), []
+    for block in compiled.blocks if checkpointed else []:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # as parallelize does, and before
     compiled.compile_blocks(backend)
     for lengths in sizes:
         for found, truth in zip(outcome(compiled, lengths), outcome(plain, lengths), strict=True):
@@ -80,6 +84,10 @@ def test_few_graphs_serve_all_batches() -> None:
     graphs = held_against_plain("eager", sizes)
     # For each piece of a block, beside attention in groups, one graph of the first shape and one of any.
     assert graphs[-1] == graphs[3] <= 16, graphs
+
+
+def test_checkpointed_blocks_compile_too() -> None:
+    held_against_plain("eager", batches(3), checkpointed=True)
 
 
 @pytest.mark.slow
