@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from clipscale import __version__
 from clipscale.checkpoint.checkpointer import MANIFEST, read_saved
 from clipscale.checkpoint.export import WRITERS
-from clipscale.checkpoint.loading import find_checkpoint, load_model
+from clipscale.checkpoint.loading import TOKENIZER, find_checkpoint, load_model, stored_tokenizer
 from clipscale.config import Config
 from clipscale.config.data import Builtin
 from clipscale.config.model import model_summary
@@ -63,6 +64,8 @@ def export(run: Path, to: str, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         WRITERS[to](model, config, out)
+        if to == "safetensors" and stored_tokenizer(path).is_dir():
+            shutil.copytree(stored_tokenizer(path), out / TOKENIZER)
         (out / "README.md").write_text(model_card(path, config, to, out.resolve().name))
     except OSError as error:
         raise ClipscaleError(f"--out {out} cannot be written: {error.strerror}") from None

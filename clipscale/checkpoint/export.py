@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from clipscale.checkpoint.interop import State, is_clip_resnet, is_clip_vit, is_siglip, to_hf, to_open_clip
 from clipscale.checkpoint.loading import EXPORTED
-from clipscale.checkpoint.pretrained import HF_ACTIVATIONS, HF_CONFIG, HF_IMAGES, OPEN_CLIP_CONFIG, tell
+from clipscale.checkpoint.pretrained import HF_CONFIG, HF_IMAGES, OPEN_CLIP_CONFIG
+from clipscale.checkpoint.told import HF_ACTIVATIONS, tell
 from clipscale.config import Config, save_config
 from clipscale.config.data import Builtin, Data
 from clipscale.config.data import Tokenizer as TokenizerConfig
@@ -144,34 +145,39 @@ def write_hf(model: CLIP, tokenizer: Tokenizer, out: Path) -> None:
         raise ClipscaleError(
             "CLIPImageProcessor cannot add white (model.vision.resize_mode=longest); use --to open_clip"
         )
-    trunk = model.visual.trunk
     kind, name = ("siglip", "SiglipModel") if siglip else ("clip", "CLIPModel")
-    text = dict(
-        model_type=f"{kind}_text_model", hidden_size=config.text.width, num_hidden_layers=config.text.layers,
-        intermediate_size=int(config.text.width * config.text.mlp_ratio), num_attention_heads=config.text.heads,
-        max_position_embeddings=config.context_length, vocab_size=config.text.vocab_size,
-        hidden_act=HF_ACTIVATIONS[text_activation(config).value], layer_norm_eps=config.text.norm_eps,
-        bos_token_id=tokenizer.eot_id - 1, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.eot_id,
-        **{"projection_size" if siglip else "projection_dim": config.embed_dim},
-    )  # fmt: skip
-    vision = dict(
-        model_type=f"{kind}_vision_model",
-        hidden_size=trunk.embed_dim,
-        num_hidden_layers=len(trunk.blocks),
-        intermediate_size=trunk.blocks[0].mlp.fc1.out_features,
-        num_attention_heads=tell(model)["vision.heads"],
-        image_size=config.vision.image_size,
-        patch_size=trunk.patch_embed.patch_size[0],
-        hidden_act=HF_ACTIVATIONS[config.activation.value],
-        layer_norm_eps=trunk.norm.eps,
-    )
-    content = dict(architectures=[name], model_type=kind, dtype="float32", text_config=text, vision_config=vision)
-    if not siglip:
-        vision["projection_dim"] = content["projection_dim"] = config.embed_dim
+    text, vision = _hf_text(config, tokenizer), _hf_vision(model)
+    content = dict(
+        architectures=[name], model_type=kind, dtype="float32",
+        text_config={"model_type": f"{kind}_text_model", **text},
+        vision_config={"model_type": f"{kind}_vision_model", **vision},
+    ) | ({} if siglip else {"projection_dim": config.embed_dim})  # fmt: skip
     _write_weights(state, out / EXPORTED)
     _write_json(content, out / HF_CONFIG)
     _write_json(_hf_images(config), out / HF_IMAGES)
     _write_byte_pairs(config.context_length, out)
+
+
+def _hf_text(config: Model, tokenizer: Tokenizer) -> dict[str, Any]:
+    text, end = config.text, tokenizer.eot_id
+    return dict(
+        hidden_size=text.width, num_hidden_layers=text.layers, intermediate_size=int(text.width * text.mlp_ratio),
+        num_attention_heads=text.heads, max_position_embeddings=config.context_length, vocab_size=text.vocab_size,
+        hidden_act=HF_ACTIVATIONS[text_activation(config).value], layer_norm_eps=text.norm_eps,
+        bos_token_id=end - 1, eos_token_id=end, pad_token_id=end,
+        **{"projection_dim" if text.causal else "projection_size": config.embed_dim},
+    )  # fmt: skip
+
+
+def _hf_vision(model: CLIP) -> dict[str, Any]:
+    config, trunk = model.config, model.visual.trunk
+    return dict(
+        hidden_size=trunk.embed_dim, num_hidden_layers=len(trunk.blocks),
+        intermediate_size=trunk.blocks[0].mlp.fc1.out_features, num_attention_heads=tell(model)["vision.heads"],
+        image_size=config.vision.image_size, patch_size=trunk.patch_embed.patch_size[0],
+        hidden_act=HF_ACTIVATIONS[config.activation.value], layer_norm_eps=trunk.norm.eps,
+        **({"projection_dim": config.embed_dim} if config.text.causal else {}),
+    )  # fmt: skip
 
 
 def _check_hf_text(config: Model, tokenizer: Tokenizer, siglip: bool) -> None:
@@ -251,12 +257,17 @@ def _write_byte_pairs(context_length: int, out: Path) -> None:
 
 
 WRITERS: dict[str, Callable[[CLIP, Config, Path], None]] = {
-    "open_clip": lambda model, config, out: write_open_clip(model, _tokenizer(config), out),
-    "hf": lambda model, config, out: write_hf(model, _tokenizer(config), out),
+    "open_clip": lambda model, config, out: write_open_clip(model, _tokenizer(config, "open_clip"), out),
+    "hf": lambda model, config, out: write_hf(model, _tokenizer(config, "CLIPModel"), out),
     "safetensors": write_safetensors,
 }
 
 
-def _tokenizer(config: Config) -> Tokenizer:
+def _tokenizer(config: Config, format: str) -> Tokenizer:
     tokenizer: TokenizerConfig = config.tokenizer
+    if config.model.text.hf is not None:
+        raise ClipscaleError(
+            f"{format} cannot be given the text tower model.text.hf={config.model.text.hf} without the hub; use --to "
+            "safetensors"
+        )
     return Tokenizer(tokenizer.name, tokenizer.context_length or config.model.context_length)

@@ -18,6 +18,7 @@ from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP, build_model
 
 EXPORTED = "model.safetensors"  # beside config.yaml: weights under our own names
+TOKENIZER = "tokenizer"  # beside config.yaml: a tokenizer that is not part of a library
 
 
 def load(
@@ -32,9 +33,20 @@ def load(
     """
     model, config = load_model(run_or_checkpoint)
     model.eval().to(device)
-    tokenizer = build_tokenizer(config.tokenizer, config.model)
+    tokenizer = load_tokenizer(find_checkpoint(Path(run_or_checkpoint))[0], config)
     vision = config.model.vision
     return model, partial(preprocess, size=vision.image_size, mode=vision.resize_mode), tokenizer
+
+
+def load_tokenizer(checkpoint: Path, config: Config) -> Tokenizer:
+    """The tokenizer of a run, by what :func:`find_checkpoint` gives."""
+    return build_tokenizer(config.tokenizer, config.model, stored_tokenizer(checkpoint))
+
+
+def stored_tokenizer(checkpoint: Path) -> Path:
+    """Where the run of a checkpoint has its tokenizer, if it keeps one."""
+    run = checkpoint if (checkpoint / EXPORTED).exists() else checkpoint.parent.parent
+    return run / TOKENIZER
 
 
 def load_model(run_or_checkpoint: str | Path) -> tuple[CLIP, Config]:

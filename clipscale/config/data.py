@@ -170,9 +170,10 @@ class Storage:
 
 @dataclass
 class Tokenizer:
-    """The tokenizer, from open_clip_torch."""
+    """The tokenizer, from open_clip_torch or Hugging Face."""
 
     name: str = fixed("clip")
-    """`clip` (OpenAI's byte-pair encoding) or any open_clip model name or `hf-hub:` name, whose tokenizer is used."""
+    """`clip` (OpenAI's byte-pair encoding), any open_clip model name or `hf-hub:` name, whose tokenizer is used, or
+    `hf:` and a Hugging Face name or directory, e.g. `hf:FacebookAI/roberta-base`."""
     context_length: int | None = fixed(None)
     """Tokens per caption; null takes the model's. Must not exceed model.context_length."""

@@ -25,6 +25,21 @@ class ResizeMode(Enum):
     squash = "squash"  # both sides fit, the proportions are lost
 
 
+class HFPool(Enum):
+    """What becomes of the tokens of a caption in a text tower of Hugging Face's."""
+
+    cls = "cls"  # the first token
+    mean = "mean"  # all tokens
+    last = "last"  # the end token
+
+
+class HFProjection(Enum):
+    """What leads from a text tower of Hugging Face's to the shared space."""
+
+    linear = "linear"  # a matrix
+    mlp = "mlp"  # two, with a GELU between them
+
+
 class TextPool(Enum):
     """What becomes of a caption's tokens."""
 
@@ -96,6 +111,19 @@ class Text:
     """Epsilon of the layer norms; SigLIP's is 1e-6."""
     activation: Activation | None = fixed(None)
     """Activation of this tower, where it is another than `model.activation`."""
+    hf: str | None = fixed(None)
+    """A text model of Hugging Face transformers as the tower, instead of our own: `ORGANISATION/NAME` or the directory
+    of a copy; needs `pip install 'clipscale[hf]'`. Of the other keys of `model.text`, those with `hf` and `eot_id`
+    count."""
+    hf_pretrained: bool = fixed(True)
+    """Start from its weights; false: draw them from the seed, as its architecture does."""
+    hf_pool: HFPool | None = fixed(None)
+    """One vector of a caption's tokens: `cls` (the first), their `mean`, or the `last`; null: `cls` of a BERT, `last`
+    where a token sees only those before it, else `mean`."""
+    hf_proj: HFProjection = fixed(HFProjection.linear)
+    """Into the shared space: a `linear` layer, or an `mlp` of two; without bias."""
+    hf_config: Any = fixed(None)
+    """Its architecture, as its `config.json` has it. null reads it where `hf` says. Recorded for the life of a run."""
 
 
 @dataclass

@@ -71,6 +71,7 @@ def _join(run: Run, stored: Config) -> None:
             "choose another name=… for a shorter run"
         )
     config.data.streams, config.data.window = stored.data.streams, stored.data.window
+    config.model.text.hf_config = stored.model.text.hf_config
     run.changes = changed[Resume.event]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from clipscale.config.data import Builtin, Data
+from clipscale.config.model import Text
 from clipscale.config.optim import Loss, LossName
 from clipscale.config.schema import Config
 from clipscale.errors import ConfigError
@@ -31,7 +32,7 @@ def usable_processes(streams: int, world: int) -> int:
 
 def validate(config: Config) -> None:
     """Check that this configuration can be run. Raises ConfigError that lists all that is wrong."""
-    checks = (_sizes, _batch, _microbatches, _data, _loss, _training)
+    checks = (_sizes, _batch, _microbatches, _data, _text, _loss, _training)
     found = [mistake for check in checks for mistake in check(config)]
     if len(found) == 1:
         raise ConfigError(found[0])
@@ -132,6 +133,24 @@ def _data(config: Config) -> Iterator[str]:
             f"tokenizer.context_length={length} exceeds model.context_length={config.model.context_length}; "
             f"use tokenizer.context_length=null or model.context_length={length}"
         )
+
+
+def _text(config: Config) -> Iterator[str]:
+    text, tokenizer = config.model.text, config.tokenizer.name
+    if text.hf is None:
+        for key in ("hf_pretrained", "hf_pool", "hf_proj"):
+            value = getattr(text, key)
+            if value != getattr(Text, key):
+                yield f"model.text.{key}={getattr(value, 'value', value)} has no effect without model.text.hf=NAME"
+    elif not text.hf:
+        yield "model.text.hf='' is no name; null is our own text tower"
+    elif tokenizer == "clip":
+        yield (
+            f"tokenizer.name=clip is CLIP's, model.text.hf={text.hf} reads the tokens of its own; use "
+            f"tokenizer.name=hf:{text.hf}"
+        )
+    if tokenizer in ("", "hf:"):
+        yield f"tokenizer.name={tokenizer} is no name; e.g. tokenizer.name=clip or tokenizer.name=hf:ORGANISATION/NAME"
 
 
 def _negatives(data: Data) -> Iterator[str]:

@@ -1,11 +1,13 @@
-"""Captions to token ids, by open_clip's tokenizers."""
+"""Captions to token ids, by open_clip's tokenizers, or Hugging Face's."""
 
 from __future__ import annotations
 
 import difflib
 import re
+import shutil
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,17 @@ import torch
 from numpy.typing import NDArray
 
 from clipscale.config.data import Tokenizer as TokenizerConfig
+from clipscale.config.hub import fetch, require_transformers
 from clipscale.config.model import Model
-from clipscale.errors import ConfigError
+from clipscale.errors import ClipscaleError, ConfigError
 
 # OpenAI's byte-pair encoding is the tokenizer of every open_clip model that does not name another one.
 CLIP_MODEL = "ViT-B-32"
+HF = "hf:"  # before a name of the Hugging Face hub, or a directory
 # Printable ASCII without what could be markup.
 PLAIN = re.compile(r"[ !-%'-;=-~]*")
 MOST_WORDS = 1 << 16
+HF_FILES = ("*.json", "*.txt", "*.model")  # what a tokenizer of the hub may be made of
 LETTERS = 16  # per token of the context: what is kept of one word; byte-pair merging is quadratic in its length
 
 
@@ -30,13 +35,14 @@ class Tokenizer:
     Calling it with captions gives Int64[B, L], padded with zeros, as ``model.encode_text`` takes it.
 
     Args:
-        name: ``clip``, an open_clip model name, or an ``hf-hub:`` name.
+        name: ``clip``, an open_clip model name, an ``hf-hub:`` name, or ``hf:`` and a name of the hub or a directory.
         context_length: most tokens per caption, start and end tokens included.
+        stored: where :meth:`save` has left what an ``hf:`` name stands for, which is then not asked for again.
     """
 
-    def __init__(self, name: str, context_length: int) -> None:
+    def __init__(self, name: str, context_length: int, stored: Path | None = None) -> None:
         self.name, self.context_length = name, context_length
-        self._impl = _load(name, context_length)
+        self._impl = _load_hf(name, context_length, stored) if name.startswith(HF) else _load(name, context_length)
         self.is_bpe = hasattr(self._impl, "sot_token_id")
         if self.is_bpe:
             self.eot_id, self.vocab_size = int(self._impl.eot_token_id), int(self._impl.vocab_size)
@@ -53,11 +59,24 @@ class Tokenizer:
         if self.is_bpe:
             ids = [self._impl.sot_token_id, *self._bpe(caption), self.eot_id]
         else:
-            ids = list(self._impl.tokenizer(self._clean(caption))["input_ids"])
+            # Text that reads like a special token is text: a caption must not end in its middle.
+            ids = self._impl.tokenizer(self._clean(caption), split_special_tokens=True, verbose=False)["input_ids"]
+            if ids[-1:] != [self.eot_id]:  # those made to write text leave the end open
+                ids = [*ids, self.eot_id]
         cut = len(ids) > self.context_length
         if cut:
             ids = [*ids[: self.context_length - 1], self.eot_id]
         return np.array(ids, dtype=np.int32), cut
+
+    def save(self, directory: Path) -> None:
+        """Write what an ``hf:`` name stands for into a new directory, for a time when it is not to be had; nothing for
+        other names, whose tokenizers come with open_clip."""
+        if not self.name.startswith(HF) or directory.exists():
+            return
+        scratch = directory.with_name(f"{directory.name}.tmp")
+        shutil.rmtree(scratch, ignore_errors=True)
+        self._impl.tokenizer.save_pretrained(scratch)
+        scratch.rename(directory)
 
     def _bpe(self, caption: str) -> list[int]:
         # A word's ids do not depend on its neighbours, and words come again: cleaning and merging them anew would cost
@@ -101,10 +120,13 @@ def byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return dict(impl.encoder), list(impl.bpe_ranks)
 
 
-def build_tokenizer(config: TokenizerConfig, model: Model) -> Tokenizer:
-    """The configured tokenizer; raises ConfigError when the model's text tower cannot take its ids."""
-    tokenizer = Tokenizer(config.name, config.context_length or model.context_length)
-    if tokenizer.vocab_size > model.text.vocab_size:
+def build_tokenizer(config: TokenizerConfig, model: Model, stored: Path | None = None) -> Tokenizer:
+    """The configured tokenizer, from ``stored`` if it is there; raises ConfigError when the model's text tower cannot
+    take its ids."""
+    tokenizer = Tokenizer(config.name, config.context_length or model.context_length, stored)
+    if model.text.hf is not None:
+        _check_hf(tokenizer, model)
+    elif tokenizer.vocab_size > model.text.vocab_size:
         raise ConfigError(
             f"tokenizer.name={config.name} has {tokenizer.vocab_size} tokens, the text tower takes "
             f"{model.text.vocab_size}; use model.text.vocab_size={tokenizer.vocab_size}"
@@ -117,6 +139,35 @@ def build_tokenizer(config: TokenizerConfig, model: Model) -> Tokenizer:
     return tokenizer
 
 
+def _check_hf(tokenizer: Tokenizer, model: Model) -> None:
+    """Raise ConfigError for ids that a text tower of Hugging Face's does not have."""
+    hf, most = model.text.hf, (model.text.hf_config or {}).get("vocab_size")
+    if tokenizer.is_bpe:
+        raise ConfigError(
+            f"tokenizer.name={tokenizer.name} is CLIP's, model.text.hf={hf} reads the tokens of its own; use "
+            f"tokenizer.name={HF}{hf}"
+        )
+    if most is not None and tokenizer.vocab_size > most:
+        raise ConfigError(
+            f"tokenizer.name={tokenizer.name} has {tokenizer.vocab_size} tokens, model.text.hf={hf} takes {most}; use "
+            f"tokenizer.name={HF}{hf}"
+        )
+
+
+def _load_hf(name: str, context_length: int, stored: Path | None) -> Any:
+    setting = f"tokenizer.name={name}"
+    require_transformers(setting)
+    from open_clip.tokenizer import HFTokenizer
+
+    try:
+        place = stored if stored is not None and stored.is_dir() else fetch(name.removeprefix(HF), HF_FILES)
+        return HFTokenizer(str(place), context_length, trust_remote_code=False, local_files_only=True)
+    except ClipscaleError as error:
+        raise ConfigError(f"{setting}: {error}") from None
+    except Exception as error:
+        raise ConfigError(f"{setting}: its tokenizer cannot be read: {str(error).splitlines()[0]}") from None
+
+
 def _load(name: str, context_length: int) -> Any:
     import open_clip  # slow to import, and `clipscale.data` is imported by tools that need no tokenizer
 
@@ -124,7 +175,7 @@ def _load(name: str, context_length: int) -> Any:
         # open_clip itself falls back to its default tokenizer for a name that it does not know.
         near = difflib.get_close_matches(name, open_clip.list_models(), n=1)
         raise ConfigError(
-            f"tokenizer.name={name} is not `clip`, an open_clip model name or an hf-hub: name"
+            f"tokenizer.name={name} is not `clip`, an open_clip model name, or an hf-hub: or hf: name"
             + (f"; did you mean {near[0]}?" if near else "")
         )
     try:

@@ -12,6 +12,7 @@ from torch import nn
 
 from clipscale.config import load_group
 from clipscale.config.model import Model
+from clipscale.models.hf import HFTextTower
 from clipscale.models.init import initialize
 from clipscale.models.packing import Packing
 from clipscale.models.text import TextTower
@@ -60,7 +61,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.visual = VisionTower(config)
-        self.text = TextTower(config.text, config.context_length, config.embed_dim, config.activation)
+        self.text: TextTower | HFTextTower = _text_tower(config)
         self.temperature = Temperature(logit_scale, logit_bias)
 
     @property
@@ -106,12 +107,20 @@ class CLIP(nn.Module):
         return _normalize(features) if normalize else features
 
 
+def _text_tower(config: Model) -> TextTower | HFTextTower:
+    if config.text.hf is not None:
+        return HFTextTower(config.text, config.context_length, config.embed_dim)
+    return TextTower(config.text, config.context_length, config.embed_dim, config.activation)
+
+
 def build_model(
     config: Model | str, *, seed: int = 0, logit_scale: float = 1 / 0.07, logit_bias: float | None = None
 ) -> CLIP:
     """A freshly initialised model: ``build_model("vit_b_32")`` takes an option of the ``model`` group by its name.
 
-    The same seed gives the same weights on every machine and for every layout. Raises ConfigError for an unknown name.
+    The same seed gives the same weights on every machine and for every layout. A text tower of Hugging Face's is drawn
+    as well: its own weights are what a run starts from (:func:`clipscale.checkpoint.pretrained.read_text_tower`).
+    Raises ConfigError for an unknown name, and for towers that cannot be had.
     """
     schema: Model = load_group("model", config, Model) if isinstance(config, str) else config
     with torch.random.fork_rng(devices=[]):

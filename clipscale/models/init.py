@@ -16,6 +16,8 @@ import torch
 from timm.layers.attention_pool2d import AttentionPool2d
 from torch import nn
 
+from clipscale.models.hf import HFTextTower
+
 if TYPE_CHECKING:
     from clipscale.models.clip import CLIP
 
@@ -23,9 +25,13 @@ if TYPE_CHECKING:
 def initialize(model: CLIP, seed: int) -> None:
     """Set the weights of the text tower, the projections, and of ViTs and CLIP's own ResNets.
 
-    Other timm architectures keep the initialisation that timm gave them.
+    Other timm architectures keep the initialisation that timm gave them; text towers of Hugging Face's have their own.
     """
-    layers, width = len(model.text.blocks), model.text.norm.normalized_shape[0]
+    layers, width = len(model.text.blocks), 0
+    if isinstance(model.text, HFTextTower):
+        model.text.draw(seed)
+    else:
+        width = model.text.norm.normalized_shape[0]
     is_vit = hasattr(model.visual.trunk, "patch_embed") and hasattr(model.visual.trunk, "blocks")
     is_clip_resnet = isinstance(getattr(model.visual.trunk, "head", None), AttentionPool2d)
     pools_by_attention = hasattr(getattr(model.visual.trunk, "attn_pool", None), "latent")
@@ -34,7 +40,9 @@ def initialize(model: CLIP, seed: int) -> None:
         leaf = name.rpartition(".")[2]
         tower, _, inner = name.partition(".")
         drawn: tuple[str, float] | None = None
-        if tower == "text" and (inner.startswith("attn_pool.") or not model.config.text.causal):
+        if tower == "text" and isinstance(model.text, HFTextTower):
+            drawn = ("normal", parameter.shape[1] ** -0.5) if inner.startswith("proj.") else None
+        elif tower == "text" and (inner.startswith("attn_pool.") or not model.config.text.causal):
             drawn = _siglip(inner, leaf, parameter)
         elif tower == "text":
             drawn = _text(inner, leaf, width, layers)

@@ -97,6 +97,19 @@ class Packing:
         return (part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True))
 
 
+def check_lengths(lengths: torch.Tensor, context_length: int) -> int:
+    """The longest of the lengths Int[B] of captions, on the host.
+
+    Raises ValueError when a caption is empty, or longer than the context.
+    """
+    shortest, longest = (int(x) for x in lengths.aminmax()) if len(lengths) else (1, 1)
+    if longest > context_length:
+        raise ValueError(f"a caption has {longest} tokens, the context length is {context_length}")
+    if shortest < 1:
+        raise ValueError("a caption has no token, not even its end")
+    return longest
+
+
 def _to(device: torch.device, tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Ship small tensors without waiting for the device."""
     if device.type != "cuda":

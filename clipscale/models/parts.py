@@ -86,6 +86,8 @@ class Tokens:
 def text_parts(model: Model, tokens: Tokens, pooled: bool) -> list[Part]:
     """The text tower on captions of ``tokens`` each; ``pooled`` as in :class:`clipscale.models.flops.Execution`."""
     text, n = model.text, tokens.mean
+    if text.hf is not None:
+        raise ConfigError(f"what model.text.hf={text.hf} costs is not known; model.text.hf=null is the tower that is")
     embedding = Part((text.vocab_size + model.context_length) * text.width, 0, _wide(n))
     hidden, quick = int(text.width * text.mlp_ratio), model.activation is Activation.quickgelu
     block = [_block(text.width, hidden, text.heads, tokens, quick, 0.0, last) for last in (False, pooled)]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clipscale.config.model import Activation, Text, TextPool
-from clipscale.models.packing import Packing, attend, attend_from, has_kernel, mean
+from clipscale.models.packing import Packing, attend, attend_from, check_lengths, has_kernel, mean
 
 
 class QuickGELU(nn.Module):
@@ -160,11 +160,7 @@ class TextTower(nn.Module):
         Raises ValueError when a caption is empty, or longer than the context.
         """
         lengths = lengths.cpu()
-        shortest, longest = (int(x) for x in lengths.aminmax()) if len(lengths) else (1, 1)
-        if longest > self.context_length:
-            raise ValueError(f"a caption has {longest} tokens, the context length is {self.context_length}")
-        if shortest < 1:
-            raise ValueError("a caption has no token, not even its end")
+        check_lengths(lengths, self.context_length)
         device, dtype = self.positional_embedding.device, self.positional_embedding.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)

@@ -59,10 +59,11 @@ def trunk_activation(name: str) -> str | None:
     One of the values of :class:`clipscale.config.model.Activation`.
     """
     with torch.device("meta"):
-        trunk = timm.create_model(name, num_classes=0)
+        trunk: Any = timm.create_model(name, num_classes=0)
     if not isinstance(trunk, VisionTransformer):
         return None
-    kind = type(trunk.blocks[0].mlp.act).__name__.lower()
+    first: Any = trunk.blocks[0]
+    kind = type(first.mlp.act).__name__.lower()
     return {"gelutanh": Activation.gelu_tanh, "quickgelu": Activation.quickgelu}.get(kind, Activation.gelu).value
 
 

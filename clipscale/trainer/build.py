@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from clipscale.checkpoint.pretrained import load_pretrained, read_pretrained
+from clipscale.checkpoint import TOKENIZER
+from clipscale.checkpoint.pretrained import load_pretrained, read_pretrained, read_text_tower
 from clipscale.config import Config
 from clipscale.config.data import Builtin, Data
 from clipscale.config.optim import MaskDuplicates
@@ -32,13 +33,14 @@ from clipscale.data.samples import ImageOptions
 from clipscale.data.shapes import ShapesSpec, ensure_shapes, train_shards
 from clipscale.data.stream import read_samples
 from clipscale.data.synthetic import SyntheticLoader
-from clipscale.data.tokenizer import Tokenizer
+from clipscale.data.tokenizer import Tokenizer, build_tokenizer
 from clipscale.distributed.collectives import ALONE, whole
 from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ClipscaleError, ConfigError, DataError
 from clipscale.evals import EvalContext
 from clipscale.losses import LOSSES
 from clipscale.models import CLIP
+from clipscale.models.hf import HFTextTower, read_hf_config
 from clipscale.parallel import towers_autocast
 from clipscale.trainer.probe import probe
 
@@ -214,12 +216,36 @@ def build_loader(
     )
 
 
-def start_from(model: CLIP, weights: str, runtime: Runtime) -> None:
-    """Load what ``init.weights`` names into a model that is not laid out over ranks yet; one rank a node downloads it.
+def start_from(model: CLIP, config: Config, runtime: Runtime) -> str:
+    """Load what a new run starts from into a model that is not laid out over ranks yet; one rank a node downloads it.
 
-    Raises ClipscaleError when it cannot be had, or is not of this model.
+    That is ``init.weights``, and those of a text tower of Hugging Face's, unless they have one. Returns what it was,
+    empty if nothing. Raises ClipscaleError when it cannot be had, or is not of this model.
     """
-    load_pretrained(model, once_per_node(runtime, lambda: read_pretrained(weights)))
+    weights, name = config.init.weights, config.model.text.hf
+    found = None if weights is None else once_per_node(runtime, lambda: read_pretrained(weights))
+    sources = []
+    if isinstance(model.text, HFTextTower) and config.model.text.hf_pretrained and not (found and found.of_hf_text):
+        tower = model.text
+        tower.transformer.load_state_dict(once_per_node(runtime, lambda: read_text_tower(tower, str(name))))
+        sources.append(f"{name} (text)")
+    if found is not None:
+        load_pretrained(model, found)
+        sources.append(found.where)
+    return " and ".join(sources)
+
+
+def read_tokenizer(config: Config, runtime: Runtime) -> Tokenizer:
+    """The run's tokenizer, from its directory where it keeps one, or else downloaded by one rank of a node.
+
+    Reads and records ``model.text.hf_config`` before, where that is needed. Raises ClipscaleError when one of both
+    cannot be had, or they do not fit.
+    """
+    text = config.model.text
+    if text.hf is not None and text.hf_config is None:
+        text.hf_config = once_per_node(runtime, lambda: read_hf_config(text))
+    stored = run_path(config) / TOKENIZER
+    return once_per_node(runtime, lambda: build_tokenizer(config.tokenizer, config.model, stored))
 
 
 def eval_context(config: Config, model: CLIP, tokenizer: Tokenizer, device: torch.device) -> EvalContext:

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from clipscale.checkpoint import find_checkpoint, fingerprint, load
+from clipscale.checkpoint import find_checkpoint, fingerprint, load, load_tokenizer
 from clipscale.config import Config
 from clipscale.config.optim import PrecisionName
 from clipscale.data.loader import Batch
-from clipscale.data.tokenizer import Tokenizer, build_tokenizer
+from clipscale.data.tokenizer import Tokenizer
 from clipscale.errors import ClipscaleError, ConfigError
 from clipscale.losses import Teacher
 from clipscale.models import CLIP
@@ -55,13 +55,13 @@ def pin_teachers(config: Config, tokenizer: Tokenizer, recorded: Sequence[str]) 
                 f"loss.teachers: {checkpoint} is not the checkpoint that this run has learnt from; restore that, or "
                 "choose another name=…"
             )
-        _check(path, its, tokenizer)
+        _check(path, checkpoint, its, tokenizer)
         found.append(teacher)
     return found
 
 
-def _check(path: str, its: Config, tokenizer: Tokenizer) -> None:
-    taught_by = build_tokenizer(its.tokenizer, its.model)
+def _check(path: str, checkpoint: Path, its: Config, tokenizer: Tokenizer) -> None:
+    taught_by = load_tokenizer(checkpoint, its)
     if (taught_by.name, taught_by.vocab_size) != (tokenizer.name, tokenizer.vocab_size):
         raise ConfigError(
             f"loss.teachers: {path} reads the tokens of {taught_by.name}, the student those of {tokenizer.name}; store "

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from clipscale.checkpoint import Checkpointer, Saved, read_saved
+from clipscale.checkpoint import TOKENIZER, Checkpointer, Saved, read_saved
 from clipscale.config import Config, save_config
 from clipscale.config.fields import leaves
 from clipscale.config.model import model_summary
@@ -21,7 +21,6 @@ from clipscale.config.rundir import append_rows, count_events, log_event, write_
 from clipscale.config.schema import Config as Schema
 from clipscale.data.io import PIPE
 from clipscale.data.loader import Batch
-from clipscale.data.tokenizer import build_tokenizer
 from clipscale.distributed.collectives import gather, total, world_size
 from clipscale.distributed.faults import StopRequest
 from clipscale.distributed.runtime import Runtime
@@ -39,6 +38,7 @@ from clipscale.trainer.build import (
     eval_context,
     once_per_node,
     place_data,
+    read_tokenizer,
     run_path,
     start_from,
 )
@@ -56,7 +56,7 @@ class Trainer:
         self.config, self.runtime = config, runtime
         self.path = run_path(config)
         self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
-        self.tokenizer = build_tokenizer(config.tokenizer, config.model)
+        self.tokenizer = read_tokenizer(config, runtime)
         newest = self.checkpoints.newest()
         taught_by = read_saved(newest).teachers if newest else []
         teachers = once_per_node(runtime, lambda: pin_teachers(config, self.tokenizer, taught_by))
@@ -69,9 +69,7 @@ class Trainer:
             logit_scale=config.loss.init_logit_scale,
             logit_bias=config.loss.first_bias,
         )
-        self.starts_from = config.init.weights if newest is None else None
-        if self.starts_from is not None:
-            start_from(model, self.starts_from, runtime)
+        self.starts_from = start_from(model, config, runtime) if newest is None else ""
         laid_out = parallelize(model, config.parallel, runtime.device)
         self.model = laid_out.model
         optimizer = build_optimizer(self.model, config.optim)
@@ -328,6 +326,7 @@ class Trainer:
         if self.runtime.is_main:
             self.checkpoints.clean()
             save_config(self.config, self.path / "config.yaml")  # with the window that was chosen
+            self.tokenizer.save(self.path / TOKENIZER)
             log_event(
                 self.path, "started", attempt=self.attempt, world_size=self.runtime.world,
                 samples_seen=self.saved.samples_seen, checkpoint=newest and newest.name,

@@ -1,0 +1,41 @@
+"""Hugging Face's models by name: a local directory, or one of their hub that is downloaded once; no code of theirs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from clipscale.errors import ClipscaleError, ConfigError
+
+
+def require_transformers(setting: str) -> None:
+    """Raise ConfigError where ``setting``, as ``key=value``, needs transformers, and they are not installed."""
+    if find_spec("transformers") is None:
+        raise ConfigError(f"{setting} needs Hugging Face's transformers: pip install 'clipscale[hf]'")
+
+
+def fetch(name: str, files: Sequence[str]) -> Path:
+    """The directory of a model: ``name`` is one, or an ``ORGANISATION/NAME`` of the hub.
+
+    Of the latter, those of ``files``, name patterns, are downloaded where they are not yet on this machine. Raises
+    ClipscaleError when it is neither, or cannot be downloaded.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise ClipscaleError("it is neither a directory here nor ORGANISATION/NAME of the Hugging Face hub")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+    except Exception as error:
+        raise unavailable(error) from None
+
+
+def unavailable(error: Exception) -> ClipscaleError:
+    """What could not be downloaded, as one line that says what helps."""
+    first = (str(error) or type(error).__name__).strip().splitlines()[0]
+    return ClipscaleError(f"it cannot be downloaded here ({first}); give the path of a copy instead")
