@@ -31,11 +31,11 @@ from clipscale.models import build_model  # noqa: E402
 WORDS, SPREAD, TOKENS_PER_WORD = 11.5, 8.0, 1.3
 
 
-def draw_lengths(pairs: int, context: int, seed: int = 0) -> torch.Tensor:
-    """Tokens of captions as the web has them, Int32[B]."""
-    variance = math.log(1 + (SPREAD / WORDS) ** 2)
+def draw_lengths(pairs: int, context: int, mean: float = WORDS, spread: float = SPREAD, seed: int = 0) -> torch.Tensor:
+    """Tokens of captions as the web has them, ``mean`` ± ``spread`` words, Int32[B]."""
+    variance = math.log(1 + (spread / mean) ** 2)
     drawn = torch.randn(pairs, generator=torch.Generator().manual_seed(seed))
-    words = torch.exp(math.log(WORDS) - variance / 2 + math.sqrt(variance) * drawn)
+    words = torch.exp(math.log(mean) - variance / 2 + math.sqrt(variance) * drawn)
     return (words * TOKENS_PER_WORD + 2).round().clamp(3, context).int()
 
 

@@ -13,9 +13,11 @@ from clipscale.config import config_dir, load_group
 from clipscale.config.model import Model
 from clipscale.config.optim import PrecisionName
 from clipscale.errors import ConfigError
+from clipscale.models.groups import rounded
 from clipscale.models.parts import Part, Tokens, text_parts, vision_parts
 
 MIB = 2**20
+TYPICAL = 17  # tokens of a caption of LAION's, in the mean
 
 
 @dataclass(frozen=True)
@@ -33,21 +35,29 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model is run.
+    """How a model is run; as it stands, as :mod:`clipscale.models` does.
 
-    ``lengths`` are the tokens of typical captions, start and end included, of which none is padded; None is captions
-    of the full context length. A batch that is padded to its longest caption costs what ``lengths=[longest]`` does.
+    ``lengths`` are the tokens of the captions of a batch, start and end included; None is captions of the full context
+    length. A batch that is padded to its longest caption costs what ``lengths=[longest]`` does.
 
-    ``pooled_last_block``: the last block of each tower computes queries, attention and MLP for the pooled token only,
-    and a ResNet's attention pool those of the mean only. The result is the same.
+    ``grouped``: captions are computed in groups, each padded to its longest (:mod:`clipscale.models.groups`), as where
+    there is no kernel for captions of any lengths: on CPUs, and in fp32. Otherwise nothing is padded.
+
+    ``pooled_last_block``: the last block of each transformer computes queries, attention and MLP for the pooled token
+    only. The result is the same.
 
     ``checkpointing`` is ``parallel.activation_checkpointing``: "none", "full", or a number k, the first k blocks of
     each tower (or all that it has), which keep their input only and are computed again in the backward pass.
     """
 
     lengths: Sequence[int] | None = None
-    pooled_last_block: bool = False
+    grouped: bool = False
+    pooled_last_block: bool = True
     checkpointing: str | int = "none"
+
+
+NOMINAL = Execution(pooled_last_block=False)
+"""Every token of the full context in every block: by what models are compared, and what other frameworks compute."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class Flops:
         """That a step needs, three times the forward pass: the figure for model FLOPs utilisation (MFU).
 
         A backward pass has two products for each of the forward pass. Strictly, the first layer has one, as images
-        need no gradient, which makes 0.5 % for ViT-B/32, 1.9 % for `tiny`.
+        need no gradient, which makes 0.6 % for ViT-B/32, 2.6 % for `tiny`.
         """
         return 3 * self.forward
 
@@ -106,7 +116,8 @@ def parameters(model: Model, *, logit_bias: bool = False) -> Parameters:
 
 
 def flops(model: Model, execution: Execution = Execution()) -> Flops:
-    """FLOPs of one sample, as open_clip's profile has them (its docs/model_profile.csv) and torch's counter counts.
+    """FLOPs of one sample, as torch's counter counts them; those that are ``NOMINAL``, as open_clip's profile has them
+    (its docs/model_profile.csv).
 
     Of a transformer block of width d with n tokens and MLP width rd, these are 2nd²(4 + 2r) + 4n²d: attention counts
     in full where it is causal, as is usual.
@@ -142,23 +153,28 @@ def activations(
 
 
 def render() -> str:
-    """Markdown: a row for every option of ``model``, each at its own image size and full context length."""
+    """Markdown: a row for every option of ``model``, each at its own image size.
+
+    FLOPs are nominal, but for the training column's last; memory is that of captions of full context length.
+    """
     lines = [
-        "| `model=` | parameters, M: vision | text | all | GFLOPs forward: vision | text | GFLOPs training "
-        "| MiB per sample: fp32 | amp_bf16 | amp_bf16, checkpointed |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| `model=` | parameters, M: vision | text | all | GFLOPs forward: vision | text "
+        f"| GFLOPs training | needed, {TYPICAL} tokens | MiB per sample: fp32 | amp_bf16 | amp_bf16, checkpointed |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for option in sorted(file.stem for file in (config_dir() / "model").glob("*.yaml")):
         model: Model = load_group("model", option, Model)
-        count, cost = parameters(model), flops(model)
+        count, cost, needed = parameters(model), flops(model, NOMINAL), flops(model, Execution([TYPICAL]))
         memory = [
-            activations(model, Execution(checkpointing=checkpointing), precision).total / MIB
-            for precision, checkpointing in (
-                (PrecisionName.fp32, "none"), (PrecisionName.amp_bf16, "none"), (PrecisionName.amp_bf16, "full"),
+            activations(model, execution, precision).total / MIB
+            for precision, execution in (
+                (PrecisionName.fp32, Execution(grouped=True)),
+                (PrecisionName.amp_bf16, Execution()),
+                (PrecisionName.amp_bf16, Execution(checkpointing="full")),
             )
-        ]  # fmt: skip
+        ]
         millions = [f"{number / 1e6:.2f}" for number in (count.vision, count.text, count.total)]
-        billions = [f"{number / 1e9:.2f}" for number in (cost.vision, cost.text, cost.training)]
+        billions = [f"{number / 1e9:.2f}" for number in (cost.vision, cost.text, cost.training, needed.training)]
         lines.append(" | ".join([f"| `{option}`", *millions, *billions, *(f"{size:.1f}" for size in memory)]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -167,8 +183,9 @@ def _towers(model: Model, execution: Execution) -> tuple[list[Part], list[Part]]
     most, lengths = model.context_length, execution.lengths or [model.context_length]
     if not all(0 < length <= most for length in lengths):
         raise ConfigError(f"captions of {min(lengths)} to {max(lengths)} tokens do not fit model.context_length={most}")
-    pooled = execution.pooled_last_block
-    return vision_parts(model, pooled), text_parts(model, Tokens.of(lengths), pooled)
+    pooled, grouped = execution.pooled_last_block, execution.grouped
+    tokens = Tokens.of(rounded(lengths) if grouped else lengths, grouped)
+    return vision_parts(model, pooled), text_parts(model, tokens, pooled)
 
 
 def _checkpointed(tower: list[Part], execution: Execution) -> list[Part]:

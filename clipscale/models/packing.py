@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-MOST_GROUPS = 10
-STEP = 8  # tokens; lengths are rounded up to a multiple of it, so that few groups hold all captions
+from clipscale.models.groups import rounding
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Packing:
         """Pack captions of ``lengths`` Int[B], each at least 1; ``exact`` has as many groups as there are lengths."""
         lengths = lengths.cpu().long()
         longest = int(lengths.max()) if len(lengths) else 1
-        step = 1 if exact else STEP * -(-longest // (STEP * MOST_GROUPS))
+        step = 1 if exact else rounding(longest)
         rounded = (-(-lengths // step) * step).clamp(max=longest)
         order = rounded.argsort(stable=True)
         begins, lengths, rounded = (lengths.cumsum(0) - lengths)[order], lengths[order], rounded[order]

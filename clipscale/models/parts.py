@@ -73,14 +73,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens per sample: mean of their number, and of its square, which attention costs."""
+    """Tokens per sample: mean of their number, and of its square, which attention costs. ``packed`` are captions;
+    if ``grouped``, attention leaves its result in pieces, which are then put together."""
 
     mean: float
     square: float
+    packed: bool = False
+    grouped: bool = False
 
     @classmethod
-    def of(cls, lengths: Collection[int]) -> Tokens:
-        return cls(sum(lengths) / len(lengths), sum(n * n for n in lengths) / len(lengths))
+    def of(cls, lengths: Collection[int], grouped: bool) -> Tokens:
+        """Of captions."""
+        return cls(sum(lengths) / len(lengths), sum(n * n for n in lengths) / len(lengths), True, grouped)
 
 
 def text_parts(model: Model, tokens: Tokens, pooled: bool) -> list[Part]:
@@ -88,10 +92,11 @@ def text_parts(model: Model, tokens: Tokens, pooled: bool) -> list[Part]:
     text, n = model.text, tokens.mean
     if text.hf is not None:
         raise ConfigError(f"what model.text.hf={text.hf} costs is not known; model.text.hf=null is the tower that is")
-    embedding = Part((text.vocab_size + model.context_length) * text.width, 0, _wide(n))
+    # Of each token its id, in 32 bits, and its position, in 64.
+    embedding = Part((text.vocab_size + model.context_length) * text.width, 0, _wide(3 * n))
     hidden, quick = int(text.width * text.mlp_ratio), model.activation is Activation.quickgelu
     block = [_block(text.width, hidden, text.heads, tokens, quick, 0.0, last) for last in (False, pooled)]
-    # The pooled token alone is normalised; its place takes two 64-bit indices.
+    # The pooled token alone is normalised; where it lies, and whose it is, takes two 64-bit indices.
     norm = Part(2 * text.width, 0, _wide(text.width + 2 + 4))
     return [embedding, *block[:1] * (text.layers - 1), block[1], norm, _projection(text.width, model.embed_dim)]
 
@@ -105,7 +110,7 @@ def vision_parts(model: Model, pooled: bool) -> list[Part]:
         return _vit(model, vit[1], model.vision.patch_size or int(vit[2]), pooled)
     if name in RESNETS or name in CONVNEXTS:
         _check_size(model, 32)
-        return _resnet(*RESNETS[name], size, model.embed_dim, pooled) if name in RESNETS else _convnext(model)
+        return _resnet(*RESNETS[name], size, model.embed_dim) if name in RESNETS else _convnext(model)
     known = [f"vit_{{{','.join(VITS)}}}_patch*_clip_*", *RESNETS, *CONVNEXTS]
     raise ConfigError(f"model.vision.timm={name}: what it costs is not known; known are {', '.join(known)}")
 
@@ -141,7 +146,11 @@ def _block(width: int, hidden: int, heads: int, tokens: Tokens, quick: bool, dro
     # In 32 bits: the stream before each norm, mean and deviation of its tokens, and a log-sum-exp per head and query.
     stream = _wide((n + rows) * (d + 2) + rows * heads)
     # The normalised inputs, keys, values; queries, attention's result, and the MLP with its activation's parts.
-    inner = _narrow(n * 3 * d + rows * (3 * d + (3 if quick else 2) * hidden) + (d if pooled else 0))
+    inner = _narrow(n * 3 * d + rows * (3 * d + (3 if quick else 2) * hidden))
+    if pooled:  # what asks is a view, unless it is picked out or cast
+        inner += _narrow(d) if tokens.packed else Kept(0, 2 * d)
+    if tokens.grouped:
+        inner += _narrow(rows * d)
     return Part(
         4 * d * d + 4 * d + 2 * d * hidden + hidden + d + 4 * d,
         attention + linear,
@@ -174,7 +183,7 @@ def _convolution(inputs: int, outputs: int, kernel: int, positions: int) -> tupl
     return weights + 2 * outputs, 2 * weights * positions
 
 
-def _resnet(depths: tuple[int, ...], width: int, size: int, embed_dim: int, pooled: bool) -> list[Part]:
+def _resnet(depths: tuple[int, ...], width: int, size: int, embed_dim: int) -> list[Part]:
     """CLIP's ResNet: three convolutions in the stem, average pools for strides, attention as the last pool."""
     half, side = width // 2, size // 2
     stem = [_convolution(3, half, 3, side**2), _convolution(half, half, 3, side**2)]
@@ -190,7 +199,7 @@ def _resnet(depths: tuple[int, ...], width: int, size: int, embed_dim: int, pool
             side, inputs = side // stride, 4 * width * 2**stage
     last = _narrow(inputs * side**2)  # of every other block, the result is the next one's entry
     parts[-1] = Part(parts[-1].parameters, parts[-1].flops, parts[-1].kept + last, parts[-1].entry)
-    return [*parts, _attention_pool(inputs, side**2 + 1, embed_dim, pooled)]
+    return [*parts, _attention_pool(inputs, side**2 + 1, embed_dim)]
 
 
 def _bottleneck(inputs: int, middle: int, side: int, stride: int) -> Part:
@@ -206,17 +215,15 @@ def _bottleneck(inputs: int, middle: int, side: int, stride: int) -> Part:
     return Part(sum(p for p, _ in layers), sum(f for _, f in layers), _narrow(kept), _narrow(inputs * before))
 
 
-def _attention_pool(width: int, n: int, embed_dim: int, pooled: bool) -> Part:
-    """Attention of the mean over all positions; without ``pooled``, timm's, which lets every position ask."""
-    rows, weights = 1 if pooled else n, 3 * width * width + width * embed_dim
-    flops = 2 * n * 2 * width**2 + rows * (2 * width**2 + 4 * n * width + 2 * width * embed_dim)
+def _attention_pool(width: int, n: int, embed_dim: int) -> Part:
+    """Attention of the mean over all positions; timm's lets every position ask, though only one answer is taken."""
+    weights = 3 * width * width + width * embed_dim
+    flops = n * (6 * width**2 + 4 * n * width + 2 * width * embed_dim)
     # Under autocast, each of the three projections casts its own copy of its input.
-    keys, asking = n * width, rows * width
-    asked = Kept(4 * (asking if pooled else 0), 2 * asking)
-    kept = Kept(4 * keys, 4 * keys) + asked + _narrow(2 * keys + 2 * asking)
-    result = Kept(4 * rows * embed_dim, 4 * embed_dim)  # in fp32, the pooled one lies in the memory of all
+    kept = Kept(4 * n * width, 6 * n * width) + _narrow(4 * n * width)
+    result = Kept(4 * n * embed_dim, 4 * embed_dim)  # in fp32, the pooled one lies in the memory of all
     parameters = weights + 3 * width + embed_dim + n * width
-    return Part(parameters, flops, kept + result + _wide(rows * (width // 64) + 2))
+    return Part(parameters, flops, kept + result + _wide(n * (width // 64) + 2))
 
 
 def _convnext(model: Model) -> list[Part]:

@@ -63,7 +63,8 @@ class TrainStep:
         loss = self._backward(batch, samples_seen, stats)
         self.scaler.unscale_(self.optimizer)
         if self.config.optim.clip_grad_norm is not None:
-            self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad_norm)
+            highest = self.config.optim.clip_grad_norm
+            self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), highest, foreach=True)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._clamp_temperature()
@@ -106,7 +107,7 @@ class TrainStep:
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all parameters of all ranks, before it was clipped."""
-        norm = nn.utils.get_total_norm(_gradients(self.model)) if self._norm is None else self._norm
+        norm = nn.utils.get_total_norm(_gradients(self.model), foreach=True) if self._norm is None else self._norm
         return whole(norm).item()
 
     def logit_scale(self) -> float:

@@ -95,6 +95,27 @@ def test_packed_text_waits_for_no_device(dtype: torch.dtype) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["precision=amp_bf16"], ["precision=amp_fp16"], ["optim.microbatches=4"], ["loss=siglip"],
+     ["loss.mask_duplicates=text"], ["parallel.activation_checkpointing=full", "precision=amp_bf16"]],
+    ids=str,
+)  # fmt: skip
+def test_a_step_waits_for_no_device(overrides: list[str]) -> None:
+    config, _ = compose(["optim.clip_grad_norm=1.0", *overrides])
+    config.model = small("vit")
+    step = build(config, device="cuda")
+    batches = [Batch.concatenate([make_batch(number, slice(None))], pin=True) for number in range(4)]
+    step(batches[0], 0, 1e-3)  # compiles kernels, and agrees with the other ranks
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number, batch in enumerate(batches[1:], 1):
+            step.zero_grad()
+            step(batch, 16 * number, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_repeated_pass_draws_as_the_first_one() -> None:
     truth = microbatches.kept(0, "cuda")
     assert microbatches.worst(microbatches.cached([], "cuda"), truth)[0] <= 1e-12

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import loss, loss_modes, towers
+from benchmarks import loss, loss_modes, step, towers
 from benchmarks.loader_shards import ImageSet, make_shards
 from benchmarks.loader_side import Job, measure, rates
 from benchmarks.loss_sides import errors, peak_bytes, sides
@@ -85,3 +85,19 @@ def test_the_towers_are_of_the_same_sizes() -> None:
     assert sum(p.numel() for p in towers.peer(config).parameters()) == ours
     assert towers.draw_lengths(10_000, 77).float().mean() == pytest.approx(17, abs=0.5)
     assert [row["tower"] for row in towers.measure(config, 4, rounds=1)] == ["text", "image"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+def test_both_sides_make_the_same_steps(precision: str) -> None:
+    sides = step.Sides("tiny", 4, precision)
+    pairs = step.Pairs.draw(sides.step.model, 4, "laion")
+    bound = 1e-5 if precision == "fp32" else 1e-2
+    first = sides.losses(pairs)
+    assert first[0] == pytest.approx(first[1], rel=bound)
+    row = step.measure(sides, pairs, rounds=1)
+    assert min(row[side] for side in ("ours", "theirs", "fused")) > 0
+    assert row["ceiling"] > step.ceiling(sides.config.model, step.Pairs.draw(sides.step.model, 4, "full").batch) > 1
+
+    now = sides.losses(pairs)
+    assert now[0] < first[0] and now[1] < first[1]  # two steps of ours, four of theirs
+    step.show("tiny", precision, "laion", pairs, row)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from clipscale.config.model import Model
 from clipscale.config.optim import PrecisionName
 from clipscale.errors import ConfigError
 from clipscale.models import CLIP
-from clipscale.models.flops import MIB, Execution, activations, flops, parameters, render
+from clipscale.models.flops import MIB, NOMINAL, Execution, activations, flops, parameters, render
+from clipscale.models.groups import rounded
+from clipscale.models.packing import Packing
 from clipscale.parallel.parallelize import find_blocks
 
 ROOT = Path(__file__).parents[2]
@@ -53,11 +56,14 @@ def on_meta(config: Model, **options: Any) -> CLIP:
         return CLIP(config, **options)
 
 
-def inputs(config: Model, batch: int, device: str) -> tuple[torch.Tensor, ...]:
-    size, length = config.vision.image_size, config.context_length
-    images = torch.empty(batch, 3, size, size, dtype=torch.uint8, device=device)
-    ids = torch.ones(batch * length, dtype=torch.int32, device=device)
-    return images, ids, torch.full((batch,), length, dtype=torch.int32, device=device)
+def inputs(config: Model, lengths: Sequence[int], device: str) -> tuple[torch.Tensor, torch.Tensor, Packing]:
+    """Pairs with captions of these lengths. How they are packed follows from numbers, so that is made with contents."""
+    size = config.vision.image_size
+    images = torch.empty(len(lengths), 3, size, size, dtype=torch.uint8, device=device)
+    ids = torch.ones(sum(lengths), dtype=torch.int32, device=device)
+    packing = Packing.of(torch.tensor(lengths), torch.device("cpu"))
+    there = {name: x.to(device) for name, x in vars(packing).items() if isinstance(x, torch.Tensor)}
+    return images, ids, replace(packing, **there)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith("_quickgelu")])
@@ -84,9 +90,9 @@ def test_other_architectures(change: tuple[str, int]) -> None:
 
 @pytest.mark.parametrize("name", sorted(PROFILE))
 def test_flops_are_open_clips(name: str) -> None:
-    cost = flops(config_of(name))
+    cost = flops(config_of(name), NOMINAL)
     assert (cost.vision / 1e9, cost.text / 1e9) == pytest.approx(PROFILE[name], rel=1e-3)
-    assert flops(config_of(f"{name}_quickgelu" if f"{name}_quickgelu" in MODELS else name)) == cost
+    assert flops(config_of(f"{name}_quickgelu" if f"{name}_quickgelu" in MODELS else name), NOMINAL) == cost
 
 
 def test_a_size_of_ones_own() -> None:
@@ -95,21 +101,40 @@ def test_a_size_of_ones_own() -> None:
     assert parameters(config).total == sum(p.numel() for p in on_meta(config).parameters())
 
 
-def counted(config: Model, train: bool, wrap: Callable[[CLIP], None] = lambda model: None) -> float:
+def counted(
+    config: Model,
+    train: bool = False,
+    wrap: Callable[[CLIP], None] = lambda model: None,
+    lengths: Sequence[int] | None = None,
+) -> float:
     """FLOPs of a sample, by torch's own counter, which sees every product."""
-    model, batch = on_meta(config), 2
+    model, lengths = on_meta(config), lengths or [config.context_length] * 2
     wrap(model)
     with FlopCounterMode(display=False) as counter:
-        images, *captions = inputs(config, batch, "meta")
+        images, *captions = inputs(config, lengths, "meta")
         features = model.visual(images), model.text(*captions)
         if train:
             sum(one.sum() for one in features).backward()
-    return counter.get_total_flops() / batch
+    return counter.get_total_flops() / len(lengths)
 
 
 @pytest.mark.parametrize("name", ["vit_b_32", "vit_b_16", "vit_l_14", "rn50", "convnext_base", "tiny"])
 def test_flops_are_what_torch_counts(name: str) -> None:
-    assert flops(config_of(name)).forward == pytest.approx(counted(config_of(name), False), rel=1e-3)
+    assert flops(config_of(name)).forward == pytest.approx(counted(config_of(name)), rel=1e-3)
+
+
+@pytest.mark.parametrize("lengths", [[3], [9, 17, 17, 5], [32, 3, 30, 31, 8]])
+def test_flops_of_groups_are_what_torch_counts(lengths: list[int]) -> None:
+    config = config_of("tiny")
+    cost = flops(config, Execution(lengths, grouped=True))
+    assert cost.forward == pytest.approx(counted(config, lengths=lengths), rel=1e-3)
+    assert cost.text >= flops(config, Execution(lengths)).text
+
+
+def test_groups_are_as_long_as_packing_makes_them() -> None:
+    for lengths in ([1], [77, 76, 3], [256, 30, 31, 90, 25], [8] * 4, list(range(1, 78))):
+        groups = Packing.of(torch.tensor(lengths), torch.device("cpu")).groups
+        assert sorted(rounded(lengths)) == [size for count, size in groups for _ in range(count)]
 
 
 def recompute(blocks: int | None, model: CLIP) -> None:
@@ -125,7 +150,7 @@ def test_flops_of_training_are_what_torch_counts(name: str, asked: str | int) ->
     config = config_of(name)
     plain = counted(config, True)
     # The first layer has no gradient of its input to form.
-    assert 0.98 * flops(config).training < plain < flops(config).training == flops(config).executed
+    assert 0.97 * flops(config).training < plain < flops(config).training == flops(config).executed
     wrapped = counted(config, True, partial(recompute, None if asked == "full" else int(asked)))
     assert flops(config, Execution(checkpointing=asked)).repeated == pytest.approx(wrapped - plain, rel=1e-3)
 
@@ -134,28 +159,31 @@ def test_what_shorter_captions_and_pooled_blocks_save() -> None:
     """How many times less the whole model then computes, from products counted by hand."""
     for name, pooled, short, both in (("vit_b_32", 1.072, 1.462, 1.566), ("vit_l_14", 1.039, 1.063, 1.102)):
         config = config_of(name)
-        full = flops(config).forward
-        assert full / flops(config, Execution(pooled_last_block=True)).forward == pytest.approx(pooled, abs=1e-3)
-        assert full / flops(config, Execution(lengths=[17])).forward == pytest.approx(short, abs=1e-3)
-        assert full / flops(config, Execution([17], True)).forward == pytest.approx(both, abs=1e-3)
+        full = flops(config, NOMINAL).forward
+        assert full / flops(config).forward == pytest.approx(pooled, abs=1e-3)
+        assert full / flops(config, replace(NOMINAL, lengths=[17])).forward == pytest.approx(short, abs=1e-3)
+        assert full / flops(config, Execution([17])).forward == pytest.approx(both, abs=1e-3)
     mixed, one, other = (flops(config, Execution(lengths)).text for lengths in ([9, 9, 60], [9], [60]))
     assert mixed == pytest.approx((2 * one + other) / 3)
 
 
-def kept_bytes(config: Model, autocast: bool, wrap: Callable[[CLIP], None]) -> dict[str, int]:
-    """Bytes that autograd keeps for a sample, by tower: the difference between a batch of three and one of two.
+def kept_bytes(
+    config: Model, autocast: bool, wrap: Callable[[CLIP], None], lengths: Sequence[int] | None = None
+) -> dict[str, float]:
+    """Bytes that autograd keeps for a sample, by tower: the difference between a batch and one twice as large.
 
     Of tensors that have all but contents; on a meta device, attention would not be the fused one.
     """
-    model = on_meta(config)
+    model, lengths = on_meta(config), lengths or [config.context_length]
     wrap(model)
+    batches = [inputs(config, [*lengths] * times, "cpu") for times in (1, 2)]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         model.to_empty(device="cpu")
-        sizes = [_kept(model, *inputs(config, batch, "cpu")) for batch in (2, 3)]
-    return {tower: sizes[1][tower] - sizes[0][tower] for tower in sizes[0]}
+        sizes = [_kept(model, *batch) for batch in batches]
+    return {tower: (sizes[1][tower] - sizes[0][tower]) / len(lengths) for tower in sizes[0]}
 
 
-def _kept(model: CLIP, images: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor) -> dict[str, int]:
+def _kept(model: CLIP, images: torch.Tensor, ids: torch.Tensor, packing: Packing) -> dict[str, int]:
     weights = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     storages: dict[int, int] = {}
     alive = []
@@ -168,7 +196,7 @@ def _kept(model: CLIP, images: torch.Tensor, ids: torch.Tensor, lengths: torch.T
         return tensor
 
     sizes = {}
-    towers = {"vision": lambda: model.visual(images), "text": lambda: model.text(ids, lengths)}
+    towers = {"vision": lambda: model.visual(images), "text": lambda: model.text(ids, packing)}
     for name, tower in towers.items():
         storages.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -187,7 +215,7 @@ def test_activations_are_what_autograd_keeps(name: str, precision: PrecisionName
     if name == "convnext_base":
         config.vision.timm = "convnext_tiny"  # half as deep
     for asked, blocks in ways if name == "tiny_quickgelu" else ways[:2]:
-        expected = activations(config, Execution(checkpointing=asked), precision)
+        expected = activations(config, Execution(grouped=True, checkpointing=asked), precision)
         found = kept_bytes(config, precision is PrecisionName.amp_bf16, partial(recompute, blocks))
         assert (expected.vision, expected.text) == pytest.approx((found["vision"], found["text"]), rel=1e-3), asked
         assert (expected.live > 0) == (asked != "none")
@@ -196,15 +224,18 @@ def test_activations_are_what_autograd_keeps(name: str, precision: PrecisionName
 def test_tensors_without_contents_keep_what_real_ones_do() -> None:
     config = config_of("tiny")
     model = CLIP(config)
-    real = [_kept(model, *inputs(config, batch, "cpu")) for batch in (2, 3)]
-    assert kept_bytes(config, False, lambda model: None) == {t: real[1][t] - real[0][t] for t in real[0]}
+    real = [_kept(model, *inputs(config, [20, 9] * times, "cpu")) for times in (1, 2)]
+    found = kept_bytes(config, False, lambda model: None, [20, 9])
+    assert found == {tower: (real[1][tower] - real[0][tower]) / 2 for tower in real[0]}
 
 
 def test_pooled_blocks_and_short_captions_keep_less() -> None:
     config = config_of("vit_b_32")
-    full, pooled = activations(config), activations(config, Execution(pooled_last_block=True))
+    full, pooled = activations(config, NOMINAL), activations(config)
     assert full.vision / MIB == pytest.approx(29.2, abs=0.1) and pooled.vision / MIB == pytest.approx(27.2, abs=0.2)
-    assert activations(config, Execution(lengths=[7])).text == pytest.approx(full.text / 11, rel=0.01)
+    assert activations(config, replace(NOMINAL, lengths=[7])).text == pytest.approx(full.text / 11, rel=0.01)
+    found = kept_bytes(config, False, lambda model: None, lengths := [7, 30, 12])
+    assert activations(config, Execution(lengths, grouped=True)).text == pytest.approx(found["text"], rel=1e-3)
 
 
 def test_mistakes_are_one_line() -> None:
