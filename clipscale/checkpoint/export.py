@@ -31,12 +31,12 @@ START, END = "<|startoftext|>", "<|endoftext|>"  # as Hugging Face writes the to
 def write_open_clip(model: CLIP, tokenizer: Tokenizer, out: Path) -> None:
     """Files that ``open_clip.create_model_and_transforms("local-dir:OUT")`` loads.
 
-    Raises ClipscaleError for what open_clip cannot be told: another tokenizer, a changed timm ViT, or a text tower that
-    is pooled as none of open_clip's.
+    Raises ClipscaleError for what open_clip cannot be told: a changed timm ViT, or a text tower that is pooled as none
+    of open_clip's, or sees another padding than the tokenizer's.
     """
     config, state = model.config, model.state_dict()
-    _only_byte_pairs(tokenizer)
-    vision, text = _open_clip_vision(model), _open_clip_text(config)
+    vision, text = _open_clip_vision(model), _open_clip_text(config, tokenizer)
+    text |= tokenizer.write_for_open_clip(out)
     content: dict[str, Any] = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
     if text_activation(config) is Activation.quickgelu:
         content["quick_gelu"] = True
@@ -55,10 +55,10 @@ def write_open_clip(model: CLIP, tokenizer: Tokenizer, out: Path) -> None:
     _write_json({"model_cfg": content, "preprocess_cfg": images}, out / OPEN_CLIP_CONFIG)
 
 
-def _open_clip_text(config: Model) -> dict[str, Any]:
+def _open_clip_text(config: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     text = config.text
-    # open_clip's towers see the padding, which its tokenizer makes of zeros.
-    last = text.pad_to_context and text.pad_id == 0
+    # open_clip's towers see the padding that its tokenizer makes.
+    last = text.pad_to_context and text.pad_id == tokenizer.pad_id
     if text.pool is not TextPool.last or not (last or (text.causal and not text.pad_to_context)):
         raise ClipscaleError(
             f"open_clip has no text tower with model.text.pool={text.pool.value}, causal={text.causal}, "
@@ -74,7 +74,9 @@ def _open_clip_text(config: Model) -> dict[str, Any]:
         norm_kwargs={"eps": text.norm_eps},
         no_causal_mask=not text.causal,
         proj_bias=text.proj_bias,
-        pool_type="last" if last else "argmax",
+        # The end of a caption is the largest id of CLIP's.
+        pool_type="last" if last else "argmax" if tokenizer.is_bpe else "eos",
+        eos_id=text.eot_id,
     )
     return told | _tanh(text_activation(config))
 

@@ -18,7 +18,8 @@ from torch import nn
 from clipscale.config.hub import fetch, require_transformers
 from clipscale.config.model import HFPool, HFProjection, Text
 from clipscale.errors import ClipscaleError, ConfigError
-from clipscale.models.packing import STEP, Packing, check_lengths
+from clipscale.models.groups import STEP
+from clipscale.models.packing import Packing, check_lengths
 
 CONFIG = "config.json"
 
