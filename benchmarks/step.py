@@ -20,7 +20,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ from clipscale.config.model import Model  # noqa: E402
 from clipscale.config.optim import Optim  # noqa: E402
 from clipscale.data.loader import Batch  # noqa: E402
 from clipscale.distributed.runtime import Runtime  # noqa: E402
-from clipscale.models import CLIP  # noqa: E402
+from clipscale.models import build_model  # noqa: E402
 from clipscale.models.flops import NOMINAL, Execution, flops  # noqa: E402
 from clipscale.optim import build_optimizer  # noqa: E402
 from clipscale.parallel import build_scaler, parallelize  # noqa: E402
@@ -60,43 +60,81 @@ class Pairs:
     padded: torch.Tensor
 
     @staticmethod
-    def draw(model: CLIP, pairs: int, name: str) -> Pairs:
+    def draw(config: Model, pairs: int, name: str) -> Pairs:
         """Random pixels and random captions of the lengths that ``name`` says."""
-        config, words = model.config, LENGTHS[name]
-        lengths = torch.full((pairs,), config.context_length, dtype=torch.int32)
+        words, context, size = LENGTHS[name], config.context_length, config.vision.image_size
+        lengths = torch.full((pairs,), context, dtype=torch.int32)
         if words is not None:
-            lengths = draw_lengths(pairs, config.context_length, *words)
+            lengths = draw_lengths(pairs, context, *words)
         generator = torch.Generator().manual_seed(0)
-        padded = torch.randint(1, config.text.eot_id, (pairs, config.context_length), generator=generator)
+        padded = torch.randint(1, config.text.eot_id, (pairs, context), generator=generator)
         padded[torch.arange(pairs), lengths.long() - 1] = config.text.eot_id
-        padded[torch.arange(config.context_length) >= lengths[:, None]] = 0
-        size = config.vision.image_size
+        real = torch.arange(context) < lengths[:, None]
         pixels = torch.randint(0, 256, (pairs, 3, size, size), dtype=torch.uint8, generator=generator)
-        ids, where = model.text.pack(padded)[0].int(), torch.zeros(1, dtype=torch.int64)
-        batch = Batch(pixels, ids, lengths, where, [], torch.arange(pairs))
-        return Pairs(batch, (pixels.float() - model.visual.mean) / model.visual.std, padded)
+        where = torch.zeros(1, dtype=torch.int64)
+        batch = Batch(pixels, padded[real].int(), lengths, where, [], torch.arange(pairs))
+        mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (config.mean, config.std))
+        return Pairs(batch, (pixels / 255 - mean) / std, padded * real)
+
+    def pinned(self) -> Pairs:
+        """As a loader leaves them for a GPU."""
+        batch = Batch.concatenate([self.batch], pin=True)
+        return Pairs(batch, self.images.pin_memory(), self.padded.pin_memory())
 
 
-class OneBatch(SimpleNamespace):
-    """What open_clip_train takes for data, with one batch in it."""
+def configure(model: str, pairs: int, *overrides: str) -> Config:
+    """A run's configuration, with what both sides take from it."""
+    return compose([f"model={model}", f"global_batch_size={pairs}", *overrides])[0]
 
-    def __init__(self, pairs: Pairs) -> None:
-        loader: Any = _Loader([(pairs.images, pairs.padded)])
-        loader.num_batches, loader.num_samples = 1, len(pairs.images)
-        super().__init__(dataloader=loader, set_epoch=lambda epoch: None)
+
+class Ours:
+    """clipscale's step, on the weights of open_clip's model where they are given."""
+
+    def __init__(self, config: Config, state: Mapping[str, torch.Tensor] | None = None, device: str = "cpu") -> None:
+        self.config = config
+        model, runtime = build_model(config.model), Runtime(0, 1, 0, torch.device(device))
+        if state is not None:
+            model.load_state_dict(from_open_clip(state))
+        laid_out = parallelize(model, config.parallel, runtime.device)
+        optimizer, scaler = build_optimizer(model, config.optim), build_scaler(config.precision.name, runtime.device)
+        self.step = TrainStep(config, runtime, laid_out, Objective(config), optimizer, scaler, None)
+        self.model = model
+
+    def __call__(self, pairs: Pairs, steps: int = 1) -> None:
+        """Train on the same pairs so many times."""
+        for _ in range(steps):
+            self.model.train()
+            self.step.zero_grad()
+            self.step(pairs.batch, 0, self.config.optim.lr)
+
+
+class Theirs:
+    """open_clip's model, loss and optimizer, in the training loop of open_clip_train."""
+
+    def __init__(self, config: Config, device: str = "cpu", compiled: bool = False) -> None:
+        self.model = peer(config.model).to(device)
+        self.model.output_dict = True
+        self.optimizer = peers_optimizer(self.model, config.optim)
+        self.loss = open_clip.ClipLoss(cache_labels=True)
+        self._module = torch.compile(self.model) if compiled else self.model
+        self._args = SimpleNamespace(
+            device=device, precision=config.precision.name.value, distill=False, accum_freq=1, skip_scheduler=True,
+            horovod=False, grad_clip_norm=None, rank=0, local_rank=0, world_size=1, batch_size=config.global_batch_size,
+            log_every_n_steps=1000, wandb=False,
+        )  # fmt: skip
+
+    def __call__(self, pairs: Pairs, steps: int = 1, fused: bool | None = True) -> None:
+        """Train an epoch that is the same pairs so many times; ``fused=None`` is AdamW as torch chooses it."""
+        for group in self.optimizer.param_groups:  # its state is the same for both
+            group["fused"] = fused
+        loader: Any = _Loader([(pairs.images, pairs.padded)] * steps)
+        loader.num_batches, loader.num_samples = steps, steps * len(pairs.images)
+        data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
+        train_one_epoch(self._module, data, self.loss, 0, self.optimizer, None, None, None, self._args)
 
 
 class _Loader(list[Any]):
     """A list that carries attributes."""
-
-
-def ours(config: Config, other: torch.nn.Module) -> TrainStep:
-    """clipscale's step, on the weights of open_clip's model."""
-    model, runtime = CLIP(config.model), Runtime(0, 1, 0, torch.device("cpu"))
-    model.load_state_dict(from_open_clip(other.state_dict()))
-    laid_out = parallelize(model, config.parallel, runtime.device)
-    optimizer, scaler = build_optimizer(model, config.optim), build_scaler(config.precision.name, runtime.device)
-    return TrainStep(config, runtime, laid_out, Objective(config), optimizer, scaler, None)
 
 
 def peers_optimizer(model: torch.nn.Module, config: Optim) -> torch.optim.AdamW:
@@ -109,55 +147,36 @@ def peers_optimizer(model: torch.nn.Module, config: Optim) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
 
+@dataclass(frozen=True)
 class Sides:
-    """Both sides' models and optimizers; :meth:`turn` steps each once on the same pairs."""
+    """Both sides, on equal weights at first."""
 
-    def __init__(self, model: str, pairs: int, precision: str) -> None:
-        overrides = [f"model={model}", f"global_batch_size={pairs}", f"precision={precision}"]
-        config, _ = compose(overrides)
-        self.config = config
-        self.other = peer(config.model)
-        self.other.output_dict = True
-        self.step = ours(config, self.other)
-        self.optimizer = peers_optimizer(self.other, config.optim)
-        self.loss = open_clip.ClipLoss(cache_labels=True)
-        self.args = SimpleNamespace(
-            device="cpu", precision=precision, distill=False, accum_freq=1, skip_scheduler=True, horovod=False,
-            grad_clip_norm=None, rank=0, local_rank=0, world_size=1, batch_size=pairs, log_every_n_steps=100,
-            wandb=False,
-        )  # fmt: skip
+    ours: Ours
+    theirs: Theirs
+
+    @staticmethod
+    def of(config: Config) -> Sides:
+        theirs = Theirs(config)
+        return Sides(Ours(config, theirs.model.state_dict()), theirs)
 
     def turn(self, pairs: Pairs) -> dict[str, float]:
         """CPU seconds of a step: ``ours``, ``theirs`` and ``fused``, theirs with the fused AdamW."""
         return {
-            "ours": _seconds(lambda: self._ours(pairs), self.step.model),
-            "theirs": _seconds(lambda: self._theirs(pairs, None), self.other),
-            "fused": _seconds(lambda: self._theirs(pairs, True), self.other),
+            "ours": _seconds(lambda: self.ours(pairs), self.ours.model),
+            "theirs": _seconds(lambda: self.theirs(pairs, fused=None), self.theirs.model),
+            "fused": _seconds(lambda: self.theirs(pairs), self.theirs.model),
         }
 
-    def _ours(self, pairs: Pairs) -> None:
-        self.step.model.train()
-        self.step.zero_grad()
-        self.step(pairs.batch, 0, self.config.optim.lr)
-
-    def _theirs(self, pairs: Pairs, fused: bool | None) -> None:
-        for group in self.optimizer.param_groups:  # its state is the same for both
-            group["fused"] = fused
-        data = {"train": OneBatch(pairs)}
-        train_one_epoch(self.other, data, self.loss, 0, self.optimizer, None, None, None, self.args)
-
+    @torch.no_grad()
     def losses(self, pairs: Pairs) -> list[float]:
         """Of both sides on the same pairs: equal before the first step, to rounding."""
-        scale, batch = self.step.model.logit_scale.exp(), pairs.batch
-        with torch.no_grad():
-            found = [
-                self.loss(image, text, scale).item()
-                for image, text in (
-                    (self.step.model.encode_image(batch.images, True), self.step.model.encode_text(batch, None, True)),
-                    (self.other.encode_image(pairs.images, True), self.other.encode_text(pairs.padded, True)),
-                )
-            ]
-        return found
+        mine, other, batch = self.ours.model, self.theirs.model, pairs.batch
+        return [
+            self.theirs.loss(mine.encode_image(batch.images, True), mine.encode_text(batch, None, True), 20.0).item(),
+            self.theirs.loss(
+                other.encode_image(pairs.images, True), other.encode_text(pairs.padded, True), 20.0
+            ).item(),
+        ]
 
 
 def _seconds(step: Callable[[], None], model: torch.nn.Module) -> float:
@@ -181,7 +200,7 @@ def measure(sides: Sides, pairs: Pairs, rounds: int) -> dict[str, float]:
     for side in ("theirs", "fused"):
         found[f"{side}_ratio"] = found[side] / found["ours"]
         found[f"{side}_median"] = statistics.median(turn[side] / turn["ours"] for turn in turns)
-    return found | {"ceiling": ceiling(sides.config.model, pairs.batch)}
+    return found | {"ceiling": ceiling(sides.ours.config.model, pairs.batch)}
 
 
 def show(model: str, precision: str, lengths: str, pairs: Pairs, row: dict[str, float]) -> None:
@@ -204,9 +223,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(HEADER)
     for precision in options.precision:
-        sides = Sides(options.model, options.pairs, precision)
+        config = configure(options.model, options.pairs, f"precision={precision}")
+        sides = Sides.of(config)
         for name in options.lengths:
-            pairs = Pairs.draw(sides.step.model, options.pairs, name)
+            pairs = Pairs.draw(config.model, options.pairs, name)
             show(options.model, precision, name, pairs, measure(sides, pairs, options.rounds))
         del sides  # before the next ones are built: two models and their optimizers fill gigabytes
 

@@ -58,13 +58,30 @@ def eval_command(
 @app.command("export")
 def export_command(
     run: Annotated[Path, typer.Argument(help="A run directory or one of its checkpoints.")],
-    to: Annotated[str, typer.Option(help="open_clip, hf or safetensors.")],
+    to: Annotated[str, typer.Option(help="open_clip, hf, safetensors or onnx.")],
     out: Annotated[Path, typer.Option(help="Directory to write; it must be new or empty.")],
 ) -> None:
     """Write what a run trained as a directory that another library loads, with a model card."""
     from clipscale.apps.export import export
 
     export(run, to, out)
+
+
+@app.command("interpolate")
+def interpolate_command(
+    first: Annotated[str, typer.Argument(help="A run, a checkpoint, or what else init.weights takes.")],
+    second: Annotated[str, typer.Argument(help="Another of the same architecture, e.g. one fine-tuned from it.")],
+    alpha: Annotated[list[float], typer.Option(help="Share of SECOND, from 0 to 1; give it again for several.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; it must be new or empty.")],
+    classes: Annotated[
+        str | None, typer.Option(help="Class names and prompts of a classifier, where its run does not name them.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Write the weights between two models, as for WiSE-FT: fine-tuned and zero-shot in one."""
+    from clipscale.apps.interpolate import interpolate
+
+    interpolate(first, second, alpha, out, classes, device)
 
 
 @app.command("version")

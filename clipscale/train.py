@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import traceback
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ PACKAGES = (
     "webdataset",
     "hydra-core",
     "open_clip_torch",
+    "transformers",
     "wandb",
     "numpy",
 )
@@ -133,8 +134,15 @@ def _environment(world: int) -> dict[str, object]:
         "cpus": os.cpu_count(),
         "gpus": gpus,
         "world_size": world,
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # it comes with an extra
+        return None
 
 
 if __name__ == "__main__":

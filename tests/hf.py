@@ -10,6 +10,7 @@ import pytest
 
 from clipscale.config import load_group
 from clipscale.config.model import Model
+from clipscale.models.hf import quiet_transformers
 from tests.towers import randomise
 
 COLOURS, FORMS = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle", "star")
@@ -84,7 +85,8 @@ def save_hf(place: Path, kind: str = "bert", tokenizer: Any = None) -> Path:
 
     model = AutoModel.from_config(hf_spec(kind))
     randomise(model)
-    model.save_pretrained(place)
+    with quiet_transformers():
+        model.save_pretrained(place)
     (tokenizer or word_pieces()).save_pretrained(place)
     return place
 

@@ -1,7 +1,7 @@
 """The order and the batches as the design words them, in the plainest way: whole epochs as lists, one sample at a time.
 
-It shares with the product the hash (``permutation``, ``KeyedRandom``), the decoder, the crop and the tokenizer, and
-nothing of what puts samples into an order.
+It shares with the product the hash (``permutation``, ``KeyedRandom``, ``mix``), the decoder, the crop and the
+tokenizer, and nothing of what puts samples into an order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import groupby
 
 import torch
 
-from clipscale.data.order import KeyedRandom, permutation
+from clipscale.data.order import KeyedRandom, mix, permutation
 from clipscale.data.samples import ImageOptions, decode_image, train_crop
 from clipscale.data.tokenizer import Tokenizer
 
@@ -52,6 +52,7 @@ class Expected:
     truncated: int = 0
     positions: list[int] = field(default_factory=list)
     caption_ids: list[int] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
     image_ids: list[int] = field(default_factory=list)
     negative_ids: list[int] = field(default_factory=list)
     negative_lengths: list[int] = field(default_factory=list)
@@ -152,6 +153,7 @@ class Oracle:
         batch.lengths.append(len(ids))
         batch.truncated += cut
         batch.caption_ids.append(digest(struct.pack(f"<{len(ids)}i", *ids.tolist())))
+        batch.seeds.append(mix(*key, 2))
         if self.extras:
             self._add_extras(batch, sample, ids.tolist(), KeyedRandom(*key, 1))
             batch.teacher.append((sample.embeddings[0], sample.embeddings[1 + place]))

@@ -47,7 +47,9 @@ def small(name: str) -> tuple[CLIP, Any]:
     config.vision.image_size, config.embed_dim, config.context_length = 64, 128, 32
     config.text.width, config.text.layers, config.text.heads = 128, 2, 4
     text = dict(context_length=32, vocab_size=49408, width=128, heads=4, layers=2)
-    other = open_clip.CLIP(128, vision, text, quick_gelu=name.endswith("quickgelu")).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        other = open_clip.CLIP(128, vision, text, quick_gelu=name.endswith("quickgelu")).eval()
     scramble(other)
     return CLIP(config).eval(), other
 

@@ -36,7 +36,7 @@ def evaluate(run: Path, overrides: Sequence[str], device: str, as_json: bool) ->
     model, _, tokenizer = load(path, str(runtime.device))
     context = eval_context(config, model, tokenizer, runtime.device)
     data = place_data(config.data, runtime)
-    evaluators = build_evaluators(data, build_store(config), config.model.vision, config.global_batch_size)
+    evaluators = build_evaluators(data, build_store(config), config.model, config.global_batch_size)
     if not evaluators:
         raise ConfigError(
             "nothing to evaluate: set data.val.shards=… or data.zeroshot.shards=… data.zeroshot.classes=…"

@@ -12,11 +12,13 @@ from clipscale.checkpoint.export import WRITERS
 from clipscale.checkpoint.loading import TOKENIZER, find_checkpoint, load_model, stored_tokenizer
 from clipscale.config import Config
 from clipscale.config.data import Builtin
+from clipscale.config.hub import shareable
 from clipscale.config.model import model_summary
 from clipscale.config.rundir import read_result
+from clipscale.data.tokenizer import HF
 from clipscale.errors import ClipscaleError, ConfigError
 
-LIBRARY = {"open_clip": "open_clip", "hf": "transformers", "safetensors": "clipscale"}
+LIBRARY = {"open_clip": "open_clip", "hf": "transformers", "safetensors": "clipscale", "onnx": "onnx"}
 
 # Blocks that fill a directory with the name OUT stands for.
 LOADING = {
@@ -45,6 +47,30 @@ tokenizer = CLIPTokenizer.from_pretrained("OUT")  # the model sees the padding: 
 import clipscale
 
 model, preprocess, tokenizer = clipscale.load("OUT")
+""",
+    "onnx": """\
+import json
+
+import numpy
+import onnxruntime
+from clipscale.config.model import ResizeMode
+from clipscale.data.samples import preprocess
+from clipscale.data.tokenizer import Tokenizer
+from PIL import Image
+
+told = json.load(open("OUT/clipscale.json"))
+image_encoder, text_encoder = (onnxruntime.InferenceSession(f"OUT/{name}.onnx") for name in ("image", "text"))
+
+# What goes in: UInt8[B, 3, S, S], resized and cut but not normalised, and Int64[B, L], each row with its end token.
+pictures = [Image.new("RGB", (320, 240), "red"), Image.new("RGB", (240, 320), "blue")]
+captions = ["something red", "something blue", "a dog"]
+pixels = [preprocess(picture, told["image_size"], ResizeMode(told["resize_mode"])).numpy() for picture in pictures]
+ids = Tokenizer(told["tokenizer"], told["context_length"])(captions).numpy()
+
+# What comes out: unit vectors, Float[B, D].
+[image] = image_encoder.run(None, {"images": numpy.stack(pixels)})
+[text] = text_encoder.run(None, {"ids": ids})
+logits = told["logit_scale"] * image @ text.T + (told["logit_bias"] or 0)
 """,
 }
 
@@ -130,7 +156,8 @@ def _training(path: Path, config: Config) -> dict[str, Any]:
         "precision": config.precision.name.value,
         "activation": config.model.activation.value,
         "image mean and std": f"{config.model.mean} and {config.model.std}",
-        "tokenizer": config.tokenizer.name,
+        "text tower": "clipscale's transformer" if config.model.text.hf is None else shareable(config.model.text.hf),
+        "tokenizer": _tokenizer(config.tokenizer.name),
         "started from": "scratch" if config.init.weights is None else _start(config.init.weights),
         "seed": config.seed,
     }
@@ -138,6 +165,10 @@ def _training(path: Path, config: Config) -> dict[str, Any]:
 
 def _start(weights: str) -> str:
     return weights if weights.startswith(("open_clip:", "hf:")) else "weights of an earlier model"
+
+
+def _tokenizer(name: str) -> str:
+    return HF + shareable(name.removeprefix(HF)) if name.startswith(HF) else name
 
 
 def _data(config: Config) -> str:

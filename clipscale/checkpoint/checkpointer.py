@@ -122,10 +122,13 @@ def read_saved(path: Path) -> Saved:
     return Saved(**json.loads((path / MANIFEST).read_text())["saved"])
 
 
-def read_tensors(path: Path, state: dict[str, Any]) -> None:
-    """Fill a state dict in place from a checkpoint. Raises ClipscaleError when it does not fit or is damaged."""
+def read_tensors(path: Path, state: dict[str, Any], alone: bool = False) -> None:
+    """Fill a state dict in place from a checkpoint; a collective unless this process is to do it ``alone``.
+
+    Raises ClipscaleError when it does not fit or is damaged.
+    """
     with _quiet(), _in_one_line(path, "loaded"):
-        dcp.load(state, checkpoint_id=path)
+        dcp.load(state, checkpoint_id=path, no_dist=alone)
 
 
 @contextmanager

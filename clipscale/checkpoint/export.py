@@ -1,4 +1,5 @@
-"""A model as a directory that another library loads: open_clip, Hugging Face transformers, or safetensors alone."""
+"""A model as a directory that another library loads: open_clip, Hugging Face transformers, ONNX runtimes, or
+clipscale itself."""
 
 from __future__ import annotations
 
@@ -14,17 +15,20 @@ from safetensors.torch import save_file
 
 from clipscale.checkpoint.interop import State, is_clip_resnet, is_clip_vit, is_siglip, to_hf, to_open_clip
 from clipscale.checkpoint.loading import EXPORTED
+from clipscale.checkpoint.onnx import write_graphs
 from clipscale.checkpoint.pretrained import HF_CONFIG, HF_IMAGES, OPEN_CLIP_CONFIG
 from clipscale.checkpoint.told import HF_ACTIVATIONS, tell
 from clipscale.config import Config, save_config
 from clipscale.config.data import Builtin, Data
 from clipscale.config.data import Tokenizer as TokenizerConfig
+from clipscale.config.hub import shareable
 from clipscale.config.model import Activation, ImageProjection, Model, ResizeMode, TextPool, text_activation
-from clipscale.data.tokenizer import Tokenizer, byte_pairs
+from clipscale.data.tokenizer import HF, Tokenizer, byte_pairs
 from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP
 from clipscale.models.vision import trunk_activation
 
+ONNX_CONFIG = "clipscale.json"
 START, END = "<|startoftext|>", "<|endoftext|>"  # as Hugging Face writes the tokens that open_clip names otherwise
 
 
@@ -109,6 +113,11 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
             layers=[len(stage) for stage in trunk.stages],
             width=2 * trunk.stem.conv1.conv.out_channels,
             head_width=trunk.head.head_dim,
+        )
+    if vision.pool is not None:
+        raise ClipscaleError(
+            f"open_clip cannot be told of model.vision.pool={vision.pool.value} with model.vision.timm={vision.timm}; "
+            "use --to safetensors"
         )
     if vision.timm.startswith("vit_") and not _is_timms_own(model):
         raise ClipscaleError(
@@ -212,17 +221,46 @@ def _hf_images(config: Model) -> dict[str, Any]:
 def write_safetensors(model: CLIP, config: Config, out: Path) -> None:
     """Our own names and the configuration of model, tokenizer and loss: what ``clipscale.load(OUT)`` loads.
 
-    Nothing of where data lie goes with it.
+    Nothing of where data or other models lie goes with it.
     """
+    model_config, tokenizer = config.model, config.tokenizer
+    if model_config.text.hf is not None:
+        text = replace(model_config.text, hf=shareable(model_config.text.hf))
+        model_config = replace(model_config, text=text)
+    if tokenizer.name.startswith(HF):
+        tokenizer = replace(tokenizer, name=HF + shareable(tokenizer.name.removeprefix(HF)))
     # Data that need no place: an evaluation names its own.
     kept = Config(
         data=Data(builtin=Builtin.synthetic),
-        model=config.model,
-        tokenizer=config.tokenizer,
+        model=model_config,
+        tokenizer=tokenizer,
         loss=replace(config.loss, teachers=[]),
     )
     _write_weights(model.state_dict(), out / EXPORTED)
     save_config(kept, out / "config.yaml")
+
+
+def write_onnx(model: CLIP, config: Config, out: Path) -> None:
+    """``image.onnx`` and ``text.onnx``, and in ``clipscale.json`` what their inputs must be and the temperature.
+
+    Raises as :func:`clipscale.checkpoint.onnx.write_graphs` does.
+    """
+    differences = write_graphs(model, out)
+    scale, bias = (None if value is None else float(value.detach()) for value in model.temperature())
+    content = dict(
+        model=config.model.name,
+        embed_dim=config.model.embed_dim,
+        image_size=config.model.vision.image_size,
+        resize_mode=config.model.vision.resize_mode.value,
+        context_length=config.model.context_length,
+        tokenizer=config.tokenizer.name,
+        logit_scale=scale,
+        logit_bias=bias,
+        largest_difference=differences,
+    )
+    _write_json(content, out / ONNX_CONFIG)
+    if (tokenizer := _tokenizer(config, "ONNX")).is_bpe:
+        _write_byte_pairs(tokenizer.context_length, out)
 
 
 def _only_byte_pairs(tokenizer: Tokenizer) -> None:
@@ -262,6 +300,7 @@ WRITERS: dict[str, Callable[[CLIP, Config, Path], None]] = {
     "open_clip": lambda model, config, out: write_open_clip(model, _tokenizer(config, "open_clip"), out),
     "hf": lambda model, config, out: write_hf(model, _tokenizer(config, "CLIPModel"), out),
     "safetensors": write_safetensors,
+    "onnx": write_onnx,
 }
 
 

@@ -59,9 +59,9 @@ def load_model(run_or_checkpoint: str | Path) -> tuple[CLIP, Config]:
     weights = {name: p.detach() for name, p in model.named_parameters()}
     buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
     if config.ema.decay is not None:
-        read_tensors(path, {"ema": weights, "model": buffers})
+        read_tensors(path, {"ema": weights, "model": buffers}, alone=True)
     else:
-        read_tensors(path, {"model": weights | buffers})
+        read_tensors(path, {"model": weights | buffers}, alone=True)
     return model, config
 
 

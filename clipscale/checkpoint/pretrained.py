@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from clipscale.checkpoint.interop import OPENAI_EXTRAS, State, from_hf, from_open_clip
 from clipscale.checkpoint.loading import load_model
+from clipscale.checkpoint.positions import fit_positions
 from clipscale.checkpoint.told import activation_of, tell, told_by_hf, told_by_open_clip
 from clipscale.config import config_dir, load_group
 from clipscale.config.hub import fetch, unavailable
@@ -28,7 +29,7 @@ from clipscale.models.hf import HFTextTower, hf_class, quiet_transformers, text_
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 HF_CONFIG = "config.json"
 HF_IMAGES = "preprocessor_config.json"
-BIAS = "temperature.logit_bias"
+BIAS, HEAD = "temperature.logit_bias", "head."
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,13 @@ def read_pretrained(where: str) -> Pretrained:
         raise ClipscaleError(f"init.weights={where}: {error}") from None
 
 
-def load_pretrained(model: CLIP, found: Pretrained) -> None:
-    """Copy weights into ``model``, in its own dtype.
+def load_pretrained(model: CLIP, found: Pretrained) -> list[str]:
+    """Copy weights into ``model``, in its own dtype. Returns what was said of those that are not as they were found.
 
     A bias on the logits is left out where the model's loss has none (the softmax does not see it), and kept as it is
-    where the weights have none. A model with a text tower of Hugging Face's takes the image tower alone of weights that
-    have another text tower. Raises ClipscaleError that says what differs, and what to choose.
+    where the weights have none. Position embeddings of another image size or context length are brought to the model's.
+    A model with a text tower of Hugging Face's takes the image tower alone of weights that have another text tower, and
+    a classifier's head stays the model's own. Raises ClipscaleError that says what else differs, and what to choose.
     """
     state, own = dict(found.state), model.state_dict()
     if isinstance(model.text, HFTextTower) and not found.of_hf_text:
@@ -82,9 +84,13 @@ def load_pretrained(model: CLIP, found: Pretrained) -> None:
         state.pop(BIAS, None)
     elif BIAS not in state:
         state[BIAS] = own[BIAS]
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(HEAD)}
+    state |= {name: tensor for name, tensor in own.items() if name.startswith(HEAD)}
+    resized = fit_positions(model, state)
     _check_shapes(model, state, found)
     _check_told(model, found)
     model.load_state_dict(state)
+    return resized
 
 
 def read_text_tower(tower: HFTextTower, name: str) -> State:

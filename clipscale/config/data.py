@@ -14,6 +14,8 @@ class LongCaption(Enum):
 
     head = "head"
     random_sentence = "random_sentence"
+    block = "block"
+    random = "random"
 
 
 class Builtin(Enum):
@@ -104,6 +106,9 @@ class Data:
     """Members of a sample that may hold the image, in order of preference."""
     caption_key: str = fixed("txt")
     """Where the caption stands: a member such as `txt`, or `json:FIELD`; of a list, one caption is drawn per view."""
+    label_key: str | None = fixed(None)
+    """Where a training sample's class index stands, for `loss=cross_entropy`: `json:FIELD` or a member such as `cls`;
+    captions are not read then. null: samples are pairs."""
     negatives_key: str | None = fixed(None)
     """Where texts stand that are wrong about the image on purpose, hard negatives of the training loss: a member or
     `json:FIELD`, a text or a list of them; a sample may lack them. null: none."""
@@ -112,7 +117,8 @@ class Data:
     clean_captions: bool = fixed(False)
     """Take web addresses, HTML tags and control characters out of training captions and negatives."""
     long_caption: LongCaption = fixed(LongCaption.head)
-    """What training takes of a caption longer than the context: its `head`, or from a `random_sentence` on."""
+    """What training takes of a caption longer than the context: its `head`, what follows from a `random_sentence` on, a
+    `block` of tokens from anywhere in it, or `random` ones of its tokens, in their order."""
     crop_scale: list[float] | None = fixed([0.9, 1.0])
     """Area range of the random resized crop, as shares of the image; null: no random crop, training sees pictures as
     evaluation does (`model.vision.resize_mode`)."""

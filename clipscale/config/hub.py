@@ -16,6 +16,15 @@ def require_transformers(setting: str) -> None:
         raise ConfigError(f"{setting} needs Hugging Face's transformers: pip install 'clipscale[hf]'")
 
 
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def shareable(name: str) -> str:
+    """``name`` without the place of a directory: what may be told to those who are given the model."""
+    path = Path(name).expanduser()
+    return path.name if path.is_dir() or not HUB_NAME.fullmatch(name) else name
+
+
 def fetch(name: str, files: Sequence[str]) -> Path:
     """The directory of a model: ``name`` is one, or an ``ORGANISATION/NAME`` of the hub.
 
@@ -25,7 +34,7 @@ def fetch(name: str, files: Sequence[str]) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if not HUB_NAME.fullmatch(name):
         raise ClipscaleError("it is neither a directory here nor ORGANISATION/NAME of the Hugging Face hub")
     from huggingface_hub import snapshot_download
 

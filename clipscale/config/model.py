@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from clipscale.config.fields import fixed, group
+from clipscale.config.fields import event, fixed, group
+
+
+class HeadStart(Enum):
+    """What a classifier's head starts from."""
+
+    zeroshot = "zeroshot"  # the text tower's features of the classes' prompts
+    zeros = "zeros"
 
 
 class Activation(Enum):
@@ -55,6 +62,14 @@ class ImageProjection(Enum):
     none = "none"  # nothing: the tower's width is that of the space
 
 
+class Pool(Enum):
+    """What a ViT makes one vector of its tokens by."""
+
+    token = "token"  # the class token
+    avg = "avg"  # mean of the patches
+    map = "map"  # attention with a learned query
+
+
 @dataclass
 class Vision:
     """The image tower: any timm architecture."""
@@ -73,11 +88,21 @@ class Vision:
     """Depth of a ViT; null keeps the architecture's own."""
     heads: int | None = fixed(None)
     """Attention heads of a ViT; null keeps the architecture's own."""
+    pool: Pool | None = fixed(None)
+    """How a ViT is pooled: at its class `token`, by the mean of its patches (`avg`) or by attention (`map`); null keeps
+    the architecture's own."""
     drop_path: float = fixed(0.0)
-    """Stochastic depth rate."""
+    """Stochastic depth rate of the last block; earlier ones have less, in proportion to their depth."""
+    patch_dropout: float = event(0.0)
+    """Share of the patches of a ViT that training leaves out, others for each sample (FLIP: 0.5 or 0.75); class and
+    register tokens stay."""
     proj: ImageProjection = fixed(ImageProjection.linear)
     """From the tower's features into the shared space: a `linear` layer, or `none` as in SigLIP, whose attention pool
     ends with an MLP."""
+
+    def kept_patches(self, patches: int) -> int:
+        """How many of a ViT's ``patches`` training computes; the same of every image."""
+        return max(1, int(patches * (1 - self.patch_dropout)))
 
 
 @dataclass
@@ -144,6 +169,9 @@ class Model:
     """Per-channel mean that is taken from images in [0, 1]; the default is OpenAI's."""
     std: list[float] = fixed([0.26862954, 0.26130258, 0.27577711])
     """Per-channel standard deviation of images in [0, 1]; the default is OpenAI's."""
+    classes: list[str] | None = fixed(None)
+    """Names of the classes of a head on the image tower. Recorded by `loss=cross_entropy`, from
+    `data.zeroshot.classes`; null: no head."""
 
 
 @dataclass
@@ -152,8 +180,12 @@ class Init:
 
     weights: str | None = fixed(None)
     """Weights that a new run starts from: `open_clip:NAME/TAG`, `hf:ORGANISATION/NAME`, or a path to a run, a
-    checkpoint, an exported directory, or a `.safetensors` or `.pt` file; null draws them from the seed. Not read again
-    when the run is resumed."""
+    checkpoint, an exported directory, or a `.safetensors` or `.pt` file; null draws them from the seed. Position
+    embeddings of another image size or context length are brought to the model's. Not read again when the run is
+    resumed."""
+    head: HeadStart = fixed(HeadStart.zeroshot)
+    """What the head of `loss=cross_entropy` starts from: `zeroshot`, the features of the classes' prompts times the
+    temperature, so that the classifier is at first the zero-shot one (WiSE-FT); or `zeros`."""
 
 
 def text_activation(model: Model) -> Activation:

@@ -1,4 +1,4 @@
-"""``optim``, ``schedule``, ``precision``, ``ema`` and ``loss``: how the weights move."""
+"""``lock``, ``optim``, ``schedule``, ``precision``, ``ema`` and ``loss``: how the weights move."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from clipscale.errors import ConfigError
 
 
 class LossName(Enum):
-    """Contrastive losses over the global batch."""
+    """Losses over the global batch: contrastive ones, and that of a classifier."""
 
     clip = "clip"
     siglip = "siglip"
+    cross_entropy = "cross_entropy"
 
 
 class MaskDuplicates(Enum):
@@ -54,7 +55,8 @@ class Loss:
     """The contrastive loss and the start of its temperature."""
 
     name: LossName = fixed(LossName.clip)
-    """Softmax (`clip`) or pairwise sigmoid (`siglip`) loss."""
+    """Softmax (`clip`) or pairwise sigmoid (`siglip`) loss of pairs; `cross_entropy` trains the image tower with a
+    linear head over the classes of `data.zeroshot.classes`, on images with labels."""
     init_logit_scale: float = fixed(14.285714285714285)
     """First value of the multiplier on cosine similarities: 1/0.07 in CLIP, 10 in SigLIP."""
     init_logit_bias: float = fixed(0.0)
@@ -65,7 +67,8 @@ class Loss:
     """Pairs off the diagonal that leave the denominators, for they are no negatives: those of equal captions (`text`),
     of equal images (`image`), or of either (`both`); `none` keeps all."""
     label_smoothing: float = fixed(0.0)
-    """Part of the softmax loss's target that is spread evenly over all that an image or a text is compared with."""
+    """Part of the target of a softmax loss, or of cross entropy, that is spread evenly over all that an image or a text
+    is compared with."""
     teachers: Any = fixed([])
     """Teachers to distil from: checkpoints of clipscale or runs (the newest checkpoint at the student's start), or
     `{image: MEMBER, text: MEMBER, logit_scale: 100}`, embeddings that are stored with the samples and the multiplier
@@ -103,10 +106,14 @@ class Optim:
     """AdamW's epsilon (CLIP: 1e-6 for ViT, 1e-8 for ResNet)."""
     clip_grad_norm: float | None = event(None)
     """Largest global gradient norm; null does not clip."""
+    layer_decay: float = fixed(1.0)
+    """Learning rate of a group of layers over that of the group above it, e.g. 0.75; groups are those of
+    `lock.image_unlocked_groups`. Projections and the temperature have the full rate; 1 gives it to all."""
     microbatches: Any = free(1)
     """Parts in which a process takes its pairs of a batch through the towers, so that the batch need not fit into its
     memory: a number, or `auto` for as few as `max_microbatch` allows. The gradient is that of the whole batch; more
-    than 1 repeat all but one part's forward pass. Where something is random in the model, each part draws its own."""
+    than 1 repeat all but one part's forward pass. What the image tower drops is each sample's own, whatever
+    their number."""
     max_microbatch: int | None = free(None)
     """Most pairs that a process takes through the towers at once, where `microbatches=auto`."""
 
@@ -121,6 +128,25 @@ class Optim:
                 f"use optim.microbatches={pairs} or less, or optim.microbatches=auto with optim.max_microbatch"
             )
         return self.microbatches
+
+
+@dataclass
+class Lock:
+    """Weights that are not trained: locked-image tuning (LiT, Zhai et al. 2022), and its like for texts."""
+
+    image: bool = fixed(False)
+    """Leave the image tower as it starts (`init.weights`), but for its `image_unlocked_groups`; what is locked computes
+    as in evaluation."""
+    image_unlocked_groups: int = fixed(0)
+    """Groups of a locked image tower, from its output on, that are trained all the same: 1 is the projection, 2 the
+    last block too, and so on down to the embedding."""
+    text: bool = fixed(False)
+    """Leave the text tower as it starts, but for its `text_unlocked_groups`."""
+    text_unlocked_groups: int = fixed(0)
+    """The same groups of a locked text tower."""
+    batchnorm: bool = fixed(True)
+    """Locked BatchNorms normalise by their running statistics and leave them alone; false: by those of the batch, and
+    they go on averaging them (open_clip's default)."""
 
 
 @dataclass

@@ -12,8 +12,8 @@ from typing import Any
 from clipscale.config.fields import Resume, leaves
 from clipscale.config.schema import Config
 
-# Chosen by clipscale when they are null, and then recorded: a null in the command keeps what the run has.
-RECORDED = ("data.streams", "data.window", "model.text.hf_config")
+# Chosen or read by clipscale when they are null, and then recorded: a null in the command keeps what the run has.
+RECORDED = ("data.streams", "data.window", "model.classes", "model.text.hf_config")
 
 
 def value_of(config: Config, key: str) -> Any:

@@ -72,6 +72,7 @@ def _join(run: Run, stored: Config) -> None:
         )
     config.data.streams, config.data.window = stored.data.streams, stored.data.window
     config.model.text.hf_config = stored.model.text.hf_config
+    config.model.classes = stored.model.classes
     run.changes = changed[Resume.event]
 
 

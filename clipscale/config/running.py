@@ -42,7 +42,8 @@ class Parallel:
     activation_checkpointing: Any = free("none")
     """`none`, or `full`: recompute every block in the backward pass instead of keeping its activations."""
     compile: bool = free(False)
-    """torch.compile each block of the vision tower; it pays on GPUs, and needs a C++ compiler on CPUs."""
+    """torch.compile each block of the vision tower, and on GPUs of the text tower, whose batches are then filled up to
+    a multiple of 256 tokens; it pays on GPUs, and needs a C++ compiler on CPUs."""
 
 
 @dataclass

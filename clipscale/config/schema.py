@@ -8,7 +8,7 @@ from enum import Enum
 from clipscale.config.data import Data, Storage, Tokenizer
 from clipscale.config.fields import event, fixed, free, group
 from clipscale.config.model import Init, Model
-from clipscale.config.optim import Ema, Loss, Optim, Precision, Schedule
+from clipscale.config.optim import Ema, Lock, Loss, Optim, Precision, Schedule
 from clipscale.config.running import Checkpoint, Cluster, Distributed, Eval, Parallel, Tracking
 
 
@@ -42,6 +42,7 @@ class Config:
     storage: Storage = group(Storage)
     tokenizer: Tokenizer = group(Tokenizer)
     loss: Loss = group(Loss)
+    lock: Lock = group(Lock)
     optim: Optim = group(Optim)
     schedule: Schedule = group(Schedule)
     precision: Precision = group(Precision)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from clipscale.config.data import Builtin, Data
-from clipscale.config.model import Text
+from clipscale.config.model import HeadStart, Text
 from clipscale.config.optim import Loss, LossName
 from clipscale.config.schema import Config
 from clipscale.errors import ConfigError
@@ -32,7 +32,7 @@ def usable_processes(streams: int, world: int) -> int:
 
 def validate(config: Config) -> None:
     """Check that this configuration can be run. Raises ConfigError that lists all that is wrong."""
-    checks = (_sizes, _batch, _microbatches, _data, _text, _loss, _training)
+    checks = (_sizes, _batch, _microbatches, _data, _text, _loss, _training, _lock, _classifier)
     found = [mistake for check in checks for mistake in check(config)]
     if len(found) == 1:
         raise ConfigError(found[0])
@@ -169,8 +169,8 @@ def _loss(config: Config) -> Iterator[str]:
             yield f"loss.{key}={share} must lie in [0, 1]"
     if not loss.cache_mb >= 0:
         yield f"loss.cache_mb={loss.cache_mb} must be 0 or more"
-    if loss.name is not LossName.clip and loss.label_smoothing:
-        yield f"loss.label_smoothing={loss.label_smoothing}: only loss=clip has labels to smooth"
+    if loss.name is LossName.siglip and loss.label_smoothing:
+        yield f"loss.label_smoothing={loss.label_smoothing}: loss=siglip has no labels to smooth"
     if loss.name is not LossName.clip and loss.teachers:
         yield f"loss.teachers={loss.teachers}: only loss=clip has a softmax to distil into"
     if not isinstance(loss.teachers, list):
@@ -215,6 +215,8 @@ def _training(config: Config) -> Iterator[str]:
         yield f"ema.decay={config.ema.decay} must lie between 0 and 1, e.g. ema.decay=0.999; null turns it off"
     if config.optim.clip_grad_norm is not None and config.optim.clip_grad_norm <= 0:
         yield f"optim.clip_grad_norm={config.optim.clip_grad_norm} must be above 0; null does not clip"
+    if not 0 < config.optim.layer_decay <= 1:
+        yield f"optim.layer_decay={config.optim.layer_decay} must lie in (0, 1], e.g. 0.75; 1 gives all layers one rate"
     for key, value in (("beta1", config.optim.beta1), ("beta2", config.optim.beta2)):
         if not 0 <= value < 1:
             yield f"optim.{key}={value} must lie in [0, 1)"
@@ -231,6 +233,8 @@ def _training(config: Config) -> Iterator[str]:
         yield f"model.mean={model.mean} and model.std={model.std} must be three numbers each, std above 0"
     if not 0 <= (vision.drop_path or 0) < 1:
         yield f"model.vision.drop_path={vision.drop_path} must lie in [0, 1)"
+    if not 0 <= vision.patch_dropout < 1:
+        yield f"model.vision.patch_dropout={vision.patch_dropout} must lie in [0, 1), e.g. 0.5"
     if vision.heads is not None and (vision.heads < 1 or (vision.width is not None and vision.width % vision.heads)):
         yield f"model.vision.width={vision.width} is not divisible by model.vision.heads={vision.heads}"
     if config.model.text.heads < 1 or config.model.text.width % config.model.text.heads:
@@ -242,3 +246,47 @@ def _training(config: Config) -> Iterator[str]:
             f"model.text.pad_id={config.model.text.pad_id} is no token: model.text.vocab_size="
             f"{config.model.text.vocab_size}"
         )
+
+
+def _lock(config: Config) -> Iterator[str]:
+    lock = config.lock
+    towers = {"image": (lock.image, lock.image_unlocked_groups), "text": (lock.text, lock.text_unlocked_groups)}
+    for tower, (locked, unlocked) in towers.items():
+        if unlocked < 0:
+            yield f"lock.{tower}_unlocked_groups={unlocked} must be 0 or more"
+        elif unlocked and not locked:
+            yield f"lock.{tower}_unlocked_groups={unlocked} has no effect without lock.{tower}=true"
+        if locked and config.init.weights is None:
+            yield f"lock.{tower}=true locks weights that nothing has trained; use init.weights=…, or lock.{tower}=false"
+    if all(locked and not unlocked for locked, unlocked in towers.values()):
+        yield "lock.image=true, lock.text=true: nothing is left to train; use lock.text_unlocked_groups=1"
+
+
+def _classifier(config: Config) -> Iterator[str]:
+    data, loss = config.data, config.loss
+    if loss.name is not LossName.cross_entropy:
+        if data.label_key is not None:
+            yield f"data.label_key={data.label_key} has no effect without loss=cross_entropy"
+        return
+    if data.val.shards:
+        yield (
+            f"data.val.shards={data.val.shards}: loss=cross_entropy has no pairs; use data.val.shards=null, and "
+            "data.zeroshot.shards for labelled images"
+        )
+    if config.model.classes is not None:
+        return  # a trained one, whose data may lie elsewhere
+    if data.builtin is not Builtin.none:
+        yield f"data.builtin={data.builtin.value} has no labels to train on; loss=cross_entropy needs data=shards"
+    if data.label_key is None:
+        yield "loss=cross_entropy needs data.label_key, e.g. data.label_key=json:label or data.label_key=cls"
+    if not data.zeroshot.classes:
+        yield "loss=cross_entropy needs the names of its classes: data.zeroshot.classes=FILE.json"
+    for key, value, off in (
+        ("data.negatives_key", data.negatives_key, None),
+        ("loss.mask_duplicates", loss.mask_duplicates.value, "none"),
+        ("loss.overlap_gather", loss.overlap_gather, False),
+    ):
+        if value != off:
+            yield f"{key}={value}: loss=cross_entropy compares no pairs; use {key}={'null' if off is None else off}"
+    if config.init.weights is None and config.init.head is HeadStart.zeroshot:
+        yield "init.head=zeroshot needs the towers that classify: init.weights=…, or init.head=zeros"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 
+from clipscale.config.data import LongCaption
 from clipscale.data.order import KeyedRandom
 
 _URL = re.compile(r"(https?://|www\.)\S+", re.IGNORECASE)
@@ -24,3 +26,23 @@ def from_random_sentence(caption: str, random: KeyedRandom) -> str:
     """A caption from the beginning of one of its sentences on."""
     starts = [0, *(match.end() for match in _SENTENCE_START.finditer(caption))]
     return caption[starts[random.below(len(starts))] :]
+
+
+def _block(random: KeyedRandom, count: int, room: int) -> Sequence[int]:
+    start = random.below(count - room + 1)
+    return range(start, start + room)
+
+
+def _any(random: KeyedRandom, count: int, room: int) -> Sequence[int]:
+    kept: list[int] = []
+    for place in range(count):  # each set of `room` places is as likely as any other
+        if random.below(count - place) < room - len(kept):
+            kept.append(place)
+    return kept
+
+
+# Which tokens stay of a caption that has ``count``, where there is room for fewer (CLIPA, Li et al. 2023, section 3).
+KEPT_TOKENS: dict[LongCaption, Callable[[KeyedRandom, int, int], Sequence[int]]] = {
+    LongCaption.block: _block,
+    LongCaption.random: _any,
+}

@@ -40,7 +40,8 @@ class Batch:
 
     ``images`` UInt8[B, 3, S, S]; ``text_ids`` Int32[T], all captions end to end; ``text_lengths`` Int32[B];
     ``positions`` Int64[streams], where each stream stands after this batch; ``keys``, one per pair; ``caption_ids``
-    Int64[B], equal for captions of the same tokens.
+    Int64[B], equal for captions of the same tokens; ``seeds`` Int64[B], each sample's own, from which the towers draw.
+    With `data.label_key`, a caption is one token: the class index.
     """
 
     images: torch.Tensor
@@ -49,6 +50,7 @@ class Batch:
     positions: torch.Tensor
     keys: list[str]
     caption_ids: torch.Tensor
+    seeds: torch.Tensor
     bad: list[tuple[str, str]] = field(default_factory=list)
     """``(reason, key)`` of every sample that was passed over."""
     truncated: int = 0
@@ -84,6 +86,7 @@ class Batch:
             torch.cat([p.positions for p in parts]),
             [key for p in parts for key in p.keys],
             join([p.caption_ids for p in parts]),
+            join([p.seeds for p in parts]),
             [bad for p in parts for bad in p.bad],
             sum(p.truncated for p in parts),
             join([p.image_ids for p in parts]),
@@ -111,6 +114,7 @@ class Batch:
                 self.positions,
                 list(islice(keys, len(part))),
                 self.caption_ids.tensor_split(count)[i],
+                self.seeds.tensor_split(count)[i],
                 negative_ids=negatives[i][0],
                 negative_lengths=negatives[i][1],
             )
@@ -216,6 +220,7 @@ class _StreamReader(IterableDataset):
             torch.from_numpy(positions.copy()),
             [one.key for one in good],
             caption_ids([one.ids for one in good]),
+            torch.tensor([one.seed for one in good], dtype=torch.int64),
             bad,
             sum(one.cut for one in good),
             join_digests([one.image_digest for one in good]) if options.image_ids else None,
@@ -324,6 +329,6 @@ def _end_with_the_trainer() -> None:
 
 
 def step_seed(seed: int, samples_seen: int, rank: int, microbatch: int) -> int:
-    """Seed of everything random in the forward pass of a microbatch on one rank (dropout, stochastic depth); derived,
-    never saved."""
+    """Seed of what is random in the forward pass of a microbatch on one rank and does not draw from the samples' own
+    seeds (dropout, where an architecture has it); derived, never saved."""
     return mix(seed, samples_seen, rank, microbatch) >> 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,9 +13,9 @@ from numpy.typing import NDArray
 
 from clipscale.config.data import LongCaption
 from clipscale.data.augment import change_colors
-from clipscale.data.captions import clean_caption, from_random_sentence
+from clipscale.data.captions import KEPT_TOKENS, clean_caption, from_random_sentence
 from clipscale.data.embeddings import StoredTeacher
-from clipscale.data.order import KeyedRandom
+from clipscale.data.order import KeyedRandom, mix
 from clipscale.data.samples import (
     BadSample,
     ImageOptions,
@@ -22,13 +23,15 @@ from clipscale.data.samples import (
     content_digest,
     decode_image,
     find_image,
+    find_label,
     find_negatives,
     stored_texts,
     train_crop,
 )
 from clipscale.data.tokenizer import Tokenizer
 
-NEGATIVES = 1  # ends the key of the draws of negatives, so that those of the sample itself are as without them
+# They end the keys of other draws than those of the sample itself, which are the same with and without them.
+NEGATIVES, TOWERS = 1, 2
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class SampleOptions:
     negatives_per_sample: int = 1
     teachers: tuple[StoredTeacher, ...] = ()
     """Whose embeddings every sample must have."""
+    label_key: str | None = None
+    """Where a sample's class index stands, which then takes the place of a caption: one token, the class."""
+    classes: int = 0
+    """How many classes there are, where there are labels."""
 
 
 class _Drawn(NamedTuple):
@@ -66,6 +73,7 @@ class Prepared:
     ids: NDArray[np.int32]
     cut: bool
     drawn: _Drawn
+    seed: int
     image_digest: bytes = b""
     negatives: list[NDArray[np.int32]] = field(default_factory=list)
     teachers: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = field(default_factory=list)
@@ -104,8 +112,11 @@ class Preparer:
         """
         options, samples = self.options, [sample for _, _, sample in raw]
         randoms = [KeyedRandom(options.seed, stream, position) for stream, position, _ in raw]
-        captions = _stage(samples, lambda i, sample: self._draw(sample, randoms[i]))
-        texts = _stage(captions, lambda i, drawn: self._prepare(samples[i], drawn, randoms[i]))
+        if options.label_key is not None:
+            texts = _stage(samples, lambda i, _: self._label(*raw[i]))
+        else:
+            captions = _stage(samples, lambda i, sample: self._draw(sample, randoms[i]))
+            texts = _stage(captions, lambda i, drawn: self._prepare(drawn, randoms[i], *raw[i]))
         if options.negatives_key is not None:
             texts = _stage(texts, lambda i, prepared: self._add_negatives(prepared, *raw[i]))
         if options.teachers:
@@ -121,6 +132,16 @@ class Preparer:
 
         return _stage(texts, place)
 
+    def _label(self, stream: int, position: int, sample: Member) -> Prepared:
+        if sample.problem:
+            raise BadSample(sample.problem)
+        assert self.options.label_key is not None
+        label = find_label(sample, self.options.label_key)
+        if not 0 <= label < self.options.classes:
+            raise BadSample("label_outside_classes")
+        seed = sample_seed(self.options.seed, stream, position)
+        return Prepared(sample.key, np.array([label], np.int32), False, _Drawn("", 0, 1), seed)
+
     def _draw(self, sample: Member, random: KeyedRandom) -> _Drawn:
         if sample.problem:
             raise BadSample(sample.problem)
@@ -131,9 +152,9 @@ class Preparer:
         place = places[random.below(len(places))]
         return _Drawn(stored[place], place, len(stored))
 
-    def _prepare(self, sample: Member, drawn: _Drawn, random: KeyedRandom) -> Prepared:
+    def _prepare(self, drawn: _Drawn, random: KeyedRandom, stream: int, position: int, sample: Member) -> Prepared:
         ids, cut = self._encode(drawn.caption, random)
-        return Prepared(sample.key, ids, cut, drawn)
+        return Prepared(sample.key, ids, cut, drawn, sample_seed(self.options.seed, stream, position))
 
     def _add_negatives(self, prepared: Prepared, stream: int, position: int, sample: Member) -> Prepared:
         """As many as there should be and are, no two of the same tokens, none of the caption's."""
@@ -158,13 +179,21 @@ class Preparer:
 
     def _encode(self, caption: str, random: KeyedRandom) -> tuple[NDArray[np.int32], bool]:
         ids, cut = self.tokenizer.encode(caption)
-        if cut and self.options.long_caption is LongCaption.random_sentence:
+        part = self.options.long_caption
+        if cut and part is LongCaption.random_sentence:
             ids, _ = self.tokenizer.encode(from_random_sentence(caption, random))
+        elif cut and part in KEPT_TOKENS:
+            ids, _ = self.tokenizer.encode(caption, partial(KEPT_TOKENS[part], random))
         return ids, cut
 
     def _cut(self, data: bytes, random: KeyedRandom) -> torch.Tensor:
         image = decode_image(data, self.options.image.max_pixels)
         return change_colors(train_crop(image, self.options.image, random), self.options.image.colors, random)
+
+
+def sample_seed(seed: int, stream: int, position: int) -> int:
+    """What the towers draw from for the sample at ``position`` of ``stream``: 64 bits, as a signed number."""
+    return (mix(seed, stream, position, TOWERS) ^ 1 << 63) - (1 << 63)
 
 
 def stack_teachers(samples: Sequence[Prepared]) -> list[tuple[torch.Tensor, torch.Tensor]]:

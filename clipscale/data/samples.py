@@ -112,6 +112,16 @@ def find_negatives(sample: Member, negatives_key: str) -> list[str]:
         return []
 
 
+def find_label(sample: Member, key: str) -> int:
+    """The class index at ``key``. Raises BadSample when there is none."""
+    value = find_field(sample, key)
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    if isinstance(value, int):
+        return value
+    raise BadSample("label_is_no_number")
+
+
 def list_members(sample: Member) -> str:
     """The members of a sample and the fields of its JSON, to say where something could be found."""
     try:

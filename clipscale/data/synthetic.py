@@ -40,9 +40,10 @@ class SyntheticLoader:
         words = random.integers(0, tokenizer.vocab_size, (count, tokenizer.context_length), dtype=np.int32)
         words[:, -1] = tokenizer.eot_id
         images = torch.from_numpy(random.integers(0, 256, (count, 3, image_size, image_size), dtype=np.uint8))
-        self._images, self._ids, self._lengths, self._caption_ids = (
+        seeds = torch.from_numpy(random.integers(-(2**63), 2**63 - 1, count))
+        self._images, self._ids, self._lengths, self._caption_ids, self._seeds = (
             tensor.pin_memory() if pin_memory else tensor
-            for tensor in (images, *pack(list(words)), caption_ids(list(words)))
+            for tensor in (images, *pack(list(words)), caption_ids(list(words)), seeds)
         )
         self._image_ids: torch.Tensor | None = None
         if image_ids:
@@ -65,5 +66,6 @@ class SyntheticLoader:
                 torch.from_numpy(self._positions.copy()),
                 keys,
                 self._caption_ids,
+                self._seeds,
                 image_ids=self._image_ids,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,14 @@ class Tokenizer:
             self.eot_id, self.vocab_size = int(end), len(inner)
         self._words: dict[str, list[int]] = {}
 
-    def encode(self, caption: str) -> tuple[NDArray[np.int32], bool]:
-        """Token ids Int32[length] without padding, and whether the caption was cut to the context length."""
+    def encode(
+        self, caption: str, choose: Callable[[int, int], Sequence[int]] | None = None
+    ) -> tuple[NDArray[np.int32], bool]:
+        """Token ids Int32[length] without padding, and whether the caption was cut to the context length.
+
+        Of one that is cut, the first tokens stay, or those whose places ``choose(count, room)`` gives: ``room`` of its
+        ``count`` tokens between start and end, in their order.
+        """
         if self.is_bpe:
             ids = [self._impl.sot_token_id, *self._bpe(caption), self.eot_id]
         else:
@@ -65,7 +71,7 @@ class Tokenizer:
                 ids = [*ids, self.eot_id]
         cut = len(ids) > self.context_length
         if cut:
-            ids = [*ids[: self.context_length - 1], self.eot_id]
+            ids = self._cut(ids, choose) if choose else [*ids[: self.context_length - 1], self.eot_id]
         return np.array(ids, dtype=np.int32), cut
 
     def save(self, directory: Path) -> None:
@@ -94,6 +100,11 @@ class Tokenizer:
         cleaning = next((kind for kind in ("lower", "whitespace") if get_clean_fn(kind) is own), "canonicalize")
         self._impl.tokenizer.save_pretrained(directory)
         return {"hf_tokenizer_name": self.name, "tokenizer_kwargs": {"clean": cleaning}}
+
+    def _cut(self, ids: list[int], choose: Callable[[int, int], Sequence[int]]) -> list[int]:
+        starts = self.is_bpe or ids[0] in self._impl.tokenizer.all_special_ids
+        start, inner = ids[:starts], ids[starts:-1]
+        return [*start, *(inner[i] for i in choose(len(inner), self.context_length - len(start) - 1)), self.eot_id]
 
     def _bpe(self, caption: str) -> list[int]:
         # A word's ids do not depend on its neighbours, and words come again: cleaning and merging them anew would cost

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Group = dist.ProcessGroup | None
 # Stands for a group of this process only, which needs no communicator.
@@ -114,3 +114,12 @@ def gather_rows(local: torch.Tensor, group: Group = None) -> torch.Tensor:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor put together, a collective; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def fill(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a whole tensor, equal on all ranks, into one that may be sharded; a collective then."""
+    value = value.to(target.device, target.dtype)
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value, target.device_mesh, target.placements)
+    target.copy_(value)

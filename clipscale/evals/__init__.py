@@ -1,8 +1,18 @@
 """Evaluators: each takes a model and yields named numbers, the same for every number of ranks."""
 
 from clipscale.evals.build import build_evaluators, damaged_shards
+from clipscale.evals.classifier import ClassifierEvaluator
 from clipscale.evals.protocol import EvalContext, Evaluator
 from clipscale.evals.retrieval import RetrievalEvaluator
-from clipscale.evals.zeroshot import ZeroshotEvaluator
+from clipscale.evals.zeroshot import Classes, ZeroshotEvaluator
 
-__all__ = ["EvalContext", "Evaluator", "RetrievalEvaluator", "ZeroshotEvaluator", "build_evaluators", "damaged_shards"]
+__all__ = [
+    "Classes",
+    "ClassifierEvaluator",
+    "EvalContext",
+    "Evaluator",
+    "RetrievalEvaluator",
+    "ZeroshotEvaluator",
+    "build_evaluators",
+    "damaged_shards",
+]

@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 from clipscale.config.data import Data
-from clipscale.config.model import Vision
+from clipscale.config.model import Model, Vision
 from clipscale.data.evalset import BadItem, EvalSet
 from clipscale.data.io import ShardStore, resolve
 from clipscale.data.manifest import expand_shards
-from clipscale.data.samples import BadSample, Member, find_captions, find_field
+from clipscale.data.samples import Member, find_captions, find_field, find_label
 from clipscale.errors import DataError
+from clipscale.evals.classifier import ClassifierEvaluator
 from clipscale.evals.protocol import Evaluator
 from clipscale.evals.retrieval import RetrievalEvaluator
 from clipscale.evals.zeroshot import Classes, ZeroshotEvaluator
@@ -21,12 +22,14 @@ from clipscale.evals.zeroshot import Classes, ZeroshotEvaluator
 PROBED = 16  # samples read before training, so that a wrong key is known then
 
 
-def build_evaluators(data: Data, store: ShardStore, vision: Vision, loss_batch_size: int) -> list[Evaluator]:
+def build_evaluators(data: Data, store: ShardStore, model: Model, loss_batch_size: int) -> list[Evaluator]:
     """Evaluators for ``data.val`` and ``data.zeroshot``; a set whose shards are null has none.
 
-    Raises DataError for shards or class files that are not there, samples of which none can be used, and labels
-    outside the classes.
+    On labelled images, a model with a head is asked for its classes, another one for the best prompt. Raises DataError
+    for shards or class files that are not there, samples of which none can be used, labels outside the classes, and
+    classes that are not the head's.
     """
+    vision = model.vision
     found: list[Evaluator] = []
     if data.val.shards:
         fields = (partial(find_captions, caption_key=data.caption_key), partial(_answers, data=data))
@@ -34,10 +37,14 @@ def build_evaluators(data: Data, store: ShardStore, vision: Vision, loss_batch_s
         found.append(RetrievalEvaluator(pairs, loss_batch_size))
     if data.zeroshot.shards:
         classes = Classes.load(store, resolve(str(data.zeroshot.classes), data.root))
-        label = (partial(_label, key=data.zeroshot.label_key),)
+        label = (partial(find_label, key=data.zeroshot.label_key),)
         images = _eval_set(data, store, data.zeroshot.shards, "data.zeroshot.shards", vision, label)
         classes.check([item.fields[0] for item in images.read(0, PROBED) if not isinstance(item, BadItem)])
-        found.append(ZeroshotEvaluator(images, classes))
+        if model.classes is None:
+            found.append(ZeroshotEvaluator(images, classes))
+        else:
+            classes.agree(model.classes)
+            found.append(ClassifierEvaluator(images, classes))
     return found
 
 
@@ -69,12 +76,3 @@ def _eval_set(
 def _answers(sample: Member, data: Data) -> list[str]:
     key = data.val.group_key
     return find_captions(sample, data.caption_key) if key == "caption" else [str(find_field(sample, key))]
-
-
-def _label(sample: Member, key: str) -> int:
-    value = find_field(sample, key)
-    if isinstance(value, str) and value.strip().isdecimal():
-        return int(value)
-    if isinstance(value, int):
-        return value
-    raise BadSample("label_is_no_number")

@@ -55,6 +55,22 @@ class Classes:
                 "data.zeroshot.classes and data.zeroshot.shards do not belong together"
             )
 
+    def agree(self, names: Sequence[str]) -> None:
+        """Raise DataError unless these are the classes, in their order."""
+        if list(names) != self.names:
+            differing = [f"{a!r} is not {b!r}" for a, b in zip(self.names, names, strict=False) if a != b]
+            first = differing[0] if differing else f"it has {len(self.names)} names"
+            raise DataError(
+                f"data.zeroshot.classes are not the {len(names)} classes of the model's head ({first}); name the file "
+                "that it was trained with"
+            )
+
+    def embed(self, context: EvalContext) -> torch.Tensor:
+        """Float[C, D] on the CPU: of each class, the normalised mean of its prompts' features."""
+        prompts = [template.format(name) for name in self.names for template in self.templates]
+        features = context.encode_captions(prompts).unflatten(0, (len(self.names), -1)).mean(dim=1)
+        return torch.nn.functional.normalize(features, dim=-1)
+
 
 @dataclass(frozen=True)
 class ZeroshotEvaluator:
@@ -64,18 +80,12 @@ class ZeroshotEvaluator:
     classes: Classes
 
     def run(self, context: EvalContext) -> dict[str, float]:
-        """Evaluate; a class is the normalised mean of its prompts' features.
-
-        Raises DataError for a label outside the classes.
-        """
+        """Evaluate. Raises DataError for a label outside the classes."""
         image, items, bad = context.encode_images(self.data)
         self.classes.check([item.fields[0] for item in items])
         labels = torch.tensor([item.fields[0] for item in items])
         count = len(self.classes.names)
-        prompts = [template.format(name) for name in self.classes.names for template in self.classes.templates]
-        features = context.encode_captions(prompts).unflatten(0, (count, -1)).mean(dim=1)
-        features = torch.nn.functional.normalize(features, dim=-1)
-        found = hits(image @ features.T, labels[:, None] == torch.arange(count), KS)
+        found = hits(image @ self.classes.embed(context).T, labels[:, None] == torch.arange(count), KS)
         metrics = {"val/zeroshot/bad_samples": float(len(bad))}
         for k in KS:
             metrics[f"val/zeroshot/top{k}"] = found[k] / len(labels)

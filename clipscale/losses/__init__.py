@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clipscale.losses.clip import clip_loss
+    from clipscale.losses.cross_entropy import ClassifierStats, cross_entropy_loss
     from clipscale.losses.distill import Teacher, distill_loss
     from clipscale.losses.globalbatch import PairIds, duplicate_fraction
     from clipscale.losses.registry import LOSSES
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LOSSES",
+    "ClassifierStats",
     "LossStats",
     "PairIds",
     "Teacher",
     "clip_loss",
+    "cross_entropy_loss",
     "distill_loss",
     "duplicate_fraction",
     "siglip_loss",
@@ -26,10 +29,12 @@ __all__ = [
 
 _HOMES = {
     "LOSSES": "registry",
+    "ClassifierStats": "cross_entropy",
     "LossStats": "stats",
     "PairIds": "globalbatch",
     "Teacher": "distill",
     "clip_loss": "clip",
+    "cross_entropy_loss": "cross_entropy",
     "distill_loss": "distill",
     "duplicate_fraction": "globalbatch",
     "siglip_loss": "siglip",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clipscale.models.clip import CLIP, Features, build_model
+    from clipscale.models.clip import CLIP, Classifier, Features, build_model
 
-__all__ = ["CLIP", "Features", "build_model"]
+__all__ = ["CLIP", "Classifier", "Features", "build_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -63,11 +63,19 @@ class CLIP(nn.Module):
         self.visual = VisionTower(config)
         self.text: TextTower | HFTextTower = _text_tower(config)
         self.temperature = Temperature(logit_scale, logit_bias)
+        self.locked: Sequence[nn.Module] = ()
 
     @property
     def logit_scale(self) -> nn.Parameter:
         """The log of the multiplier on cosine similarities, Float[1]."""
         return self.temperature.logit_scale
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but for what is ``locked``: that computes as in evaluation."""
+        super().train(mode)
+        for module in self.locked:
+            module.training = False
+        return self
 
     def forward(
         self,
@@ -75,16 +83,17 @@ class CLIP(nn.Module):
         text_ids: torch.Tensor,
         text_lengths: torch.Tensor | Packing,
         after_text: Callable[[torch.Tensor, torch.Tensor], object] | None = None,
+        seeds: torch.Tensor | None = None,
     ) -> Features:
         """Features of a batch of B pairs: ``images`` as VisionTower takes them, captions packed as TextTower does.
 
         Captions beyond the first B belong to no image. ``after_text`` is called with ``text`` and ``extra_text`` before
-        the image tower begins.
+        the image tower begins. ``seeds`` Int64[B] are the images', as VisionTower takes them.
         """
         text, extra_text = _normalize(self.text(text_ids, text_lengths)).tensor_split([len(images)])
         if after_text is not None:
             after_text(text, extra_text)
-        image = _normalize(self.visual(images))
+        image = _normalize(self.visual(images, seeds))
         return Features(image, text, extra_text, *self.temperature())
 
     def encode_image(self, images: torch.Tensor, normalize: bool = False) -> torch.Tensor:
@@ -107,6 +116,42 @@ class CLIP(nn.Module):
         return _normalize(features) if normalize else features
 
 
+class Classifier(CLIP):
+    """A dual encoder with a linear head over fixed classes, ``config.classes``, on its image tower.
+
+    Text tower and temperature take no part in its training and stay as they start: what is fine-tuned can still be
+    compared with captions.
+    """
+
+    def __init__(self, config: Model, *, logit_scale: float = 1 / 0.07, logit_bias: float | None = None) -> None:
+        super().__init__(config, logit_scale=logit_scale, logit_bias=logit_bias)
+        assert config.classes is not None
+        self.head = nn.Linear(config.embed_dim, len(config.classes))
+        for unused in (self.text, self.temperature):
+            unused.requires_grad_(False)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        text_ids: torch.Tensor,
+        text_lengths: torch.Tensor | Packing,
+        after_text: Callable[[torch.Tensor, torch.Tensor], object] | None = None,
+        seeds: torch.Tensor | None = None,
+    ) -> Features:
+        """Logits of B images in the place of their features; texts are not looked at, and have none."""
+        logits = self.classify(images, seeds)
+        nothing = logits.detach()[:, :0]
+        return Features(logits, nothing, nothing[:0], *self.temperature())
+
+    def classify(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> torch.Tensor:
+        """Float[B, C], logits of ``config.classes``, of B images as VisionTower takes them, and ``seeds``."""
+        features = _normalize(self.visual(images, seeds))
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features)
+
+
 def _text_tower(config: Model) -> TextTower | HFTextTower:
     if config.text.hf is not None:
         return HFTextTower(config.text, config.context_length, config.embed_dim)
@@ -118,6 +163,8 @@ def build_model(
 ) -> CLIP:
     """A freshly initialised model: ``build_model("vit_b_32")`` takes an option of the ``model`` group by its name.
 
+    One with ``classes`` is a :class:`Classifier`, whose head is zeros.
+
     The same seed gives the same weights on every machine and for every layout. A text tower of Hugging Face's is drawn
     as well: its own weights are what a run starts from (:func:`clipscale.checkpoint.pretrained.read_text_tower`).
     Raises ConfigError for an unknown name, and for towers that cannot be had.
@@ -126,7 +173,8 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         # Architectures whose weights initialize() leaves to timm are drawn here.
         torch.manual_seed(seed)
-        model = CLIP(schema, logit_scale=logit_scale, logit_bias=logit_bias)
+        kind = CLIP if schema.classes is None else Classifier
+        model = kind(schema, logit_scale=logit_scale, logit_bias=logit_bias)
     initialize(model, seed)
     return model
 

@@ -56,6 +56,11 @@ class HFTextTower(nn.Module):
         lists = [module for module in self.transformer.modules() if isinstance(module, nn.ModuleList)]
         return [*max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=())]
 
+    def compile_blocks(self, backend: Any = "inductor") -> None:
+        """Compile each layer by torch.compile. Captions are padded to a multiple of 8 tokens, so few shapes exist."""
+        for block in self.blocks:
+            block.compile(backend=backend)
+
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor | Packing) -> torch.Tensor:
         """Features of packed captions: ``ids`` Int[T], all captions end to end, and ``lengths`` Int[B].
 

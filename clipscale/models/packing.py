@@ -26,6 +26,8 @@ class Packing:
     """``(captions, tokens each)`` of every group, in order."""
     real: int
     """Tokens that are given: of all captions, padding not counted."""
+    longest: int
+    """At least the tokens of the longest caption."""
     exact: bool
     """Whether there is no padding that must be hidden."""
     tokens: torch.Tensor
@@ -33,32 +35,44 @@ class Packing:
     positions: torch.Tensor
     """Int[T], the place of each token in its caption."""
     ends: torch.Tensor
-    """Int[B], where each caption's last token lies."""
+    """Int[B], where each caption's last token lies; behind them, that of a filling."""
     lengths: torch.Tensor
-    """Int[B], the lengths of the captions, filled or not, in the order in which they lie."""
+    """Int[B], the lengths of the captions, filled or not, in the order in which they lie; behind them, a filling's."""
     places: torch.Tensor
     """Int[B], which of the captions as they lie is the first, the second, … that was given."""
     bounds: torch.Tensor
-    """Int32[B + 1], where each caption begins, and the last one's end."""
+    """Int32[B + 1], where each caption begins, and the last one's end; behind it, that of a filling."""
 
     @staticmethod
-    def of(lengths: torch.Tensor, device: torch.device, *, exact: bool = False) -> Packing:
-        """Pack captions of ``lengths`` Int[B], each at least 1; ``exact`` has as many groups as there are lengths."""
+    def of(lengths: torch.Tensor, device: torch.device, *, exact: bool = False, fill: int = 0) -> Packing:
+        """Pack captions of ``lengths`` Int[B], each at least 1.
+
+        ``exact`` has as many groups as there are lengths. ``fill`` makes T a multiple of it, by a last caption of 1 to
+        ``fill`` tokens that is nobody's, so that few values of T exist.
+        """
         lengths = lengths.cpu().long()
-        longest = int(lengths.max()) if len(lengths) else 1
+        real, longest = int(lengths.sum()), int(lengths.max()) if len(lengths) else 1
         step = 1 if exact else rounding(longest)
         rounded = (-(-lengths // step) * step).clamp(max=longest)
         order = rounded.argsort(stable=True)
         begins, lengths, rounded = (lengths.cumsum(0) - lengths)[order], lengths[order], rounded[order]
+        exact = exact or int(rounded.sum()) == real
+        if fill and len(lengths):
+            more = fill - int(rounded.sum()) % fill
+            begins, lengths, rounded = (
+                F.pad(x, (0, 1), value=v) for x, v in ((begins, 0), (lengths, 1), (rounded, more))
+            )
         bounds = F.pad(rounded.cumsum(0), (1, 0))
         positions = torch.arange(int(bounds[-1])) - bounds[:-1].repeat_interleave(rounded)
+        positions = positions.clamp(max=longest - 1)
         # Padding repeats the last token: any that exists will do.
         tokens = begins.repeat_interleave(rounded) + positions.minimum((lengths - 1).repeat_interleave(rounded))
         sizes, counts = rounded.unique_consecutive(return_counts=True)
         groups = tuple(zip(counts.tolist(), sizes.tolist(), strict=True)) or ((0, 1),)
         ends = bounds[:-1] + lengths - 1
         made = _to(device, [tokens, positions, ends, lengths, order.argsort(), bounds.int()])
-        return Packing(groups, int(lengths.sum()), exact or int(bounds[-1]) == int(lengths.sum()), *made)
+        longest = max(longest, -(-longest // fill) * fill) if fill else longest
+        return Packing(groups, real, longest, exact, *made)
 
     @staticmethod
     def filled(lengths: torch.Tensor, context: int, device: torch.device) -> Packing:
@@ -71,12 +85,7 @@ class Packing:
         bounds = torch.arange(count + 1) * context
         ends, whole = bounds[1:] - 1, torch.full((count,), context)
         made = _to(device, [tokens, positions.flatten(), ends, whole, torch.arange(count), bounds.int()])
-        return Packing(((count, context),), real, True, *made)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest caption."""
-        return self.groups[-1][1]
+        return Packing(((count, context),), real, context, True, *made)
 
     @cached_property
     def seen(self) -> tuple[torch.Tensor | None, ...]:
@@ -123,6 +132,12 @@ def attend(qkv: torch.Tensor, packing: Packing, *, causal: bool) -> torch.Tensor
         bounds, longest = packing.bounds, packing.longest
         q, k, v = qkv.unbind(1)
         return _varlen(q, k, v, (bounds, bounds), (longest, longest), causal=causal)
+    return _attend_in_groups(qkv, packing, causal)
+
+
+# Not compiled, here and below: every batch has groups of its own.
+@torch.compiler.disable
+def _attend_in_groups(qkv: torch.Tensor, packing: Packing, causal: bool) -> torch.Tensor:
     found = []
     seen = (None,) * len(packing.groups) if causal else packing.seen
     for part, mask in zip(packing.split(qkv), seen, strict=True):
@@ -139,6 +154,11 @@ def attend_from(q: torch.Tensor, kv: torch.Tensor, packing: Packing) -> torch.Te
         each = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
         k, v = kv.unbind(1)
         return _varlen(q, k, v, (each, packing.bounds), (1, packing.longest), causal=False)
+    return _attend_from_in_groups(q, kv, packing)
+
+
+@torch.compiler.disable
+def _attend_from_in_groups(q: torch.Tensor, kv: torch.Tensor, packing: Packing) -> torch.Tensor:
     found = []
     counts = [count for count, _ in packing.groups]
     for mine, part, mask in zip(q.split(counts), packing.split(kv), packing.seen, strict=True):

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from clipscale.config.model import Activation, ImageProjection, Model, TextPool, text_activation
+from clipscale.config.model import Activation, ImageProjection, Model, Pool, TextPool, text_activation
 from clipscale.errors import ConfigError
 
 # Width, depth, heads and MLP width of the ViTs that timm calls vit_<size>_patch<p>_clip_<image size>, or siglip.
@@ -113,14 +113,18 @@ def text_parts(model: Model, tokens: Tokens, pooled: bool) -> list[Part]:
 
 
 def vision_parts(model: Model, pooled: bool) -> list[Part]:
-    """The image tower; raises ConfigError for an architecture whose cost is not known."""
+    """The image tower in training; raises ConfigError for an architecture whose cost is not known."""
     name, size = model.vision.timm, model.vision.image_size
     vit = re.fullmatch(r"vit_([a-z]+)_patch(\d+)_clip_(quickgelu_)?\d+", name)
     if vit and vit[1] in VITS:
+        if model.vision.pool is Pool.map:
+            raise ConfigError("model.vision.pool=map: what it costs is not known; known are token and avg")
         _check_size(model, model.vision.patch_size or int(vit[2]))
         return _vit(model, vit[1], model.vision.patch_size or int(vit[2]), pooled)
     siglip = re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_siglip_\d+", name)
     if siglip and siglip[1] in VITS:
+        if model.vision.pool not in (None, Pool.map):
+            raise ConfigError(f"model.vision.pool={model.vision.pool.value}: what {name} then costs is not known")
         _check_size(model, model.vision.patch_size or int(siglip[2]))
         return _siglip_vit(model, siglip[1], model.vision.patch_size or int(siglip[2]))
     if name in RESNETS or name in CONVNEXTS:
@@ -181,13 +185,16 @@ def _vit(model: Model, size: str, patch: int, pooled: bool) -> list[Part]:
     hidden = hidden * (vision.width or width) // width
     width, layers, heads = vision.width or width, vision.layers or layers, vision.heads or heads
     patches, pixels = (vision.image_size // patch) ** 2, 3 * vision.image_size**2
-    n, quick = patches + 1, model.activation is Activation.quickgelu
+    n, quick = vision.kept_patches(patches) + 1, model.activation is Activation.quickgelu
     weights = 3 * patch**2 * width
     patchify = Part(weights, 2 * patches * weights, _narrow(pixels))
-    embedding = Part((1 + n) * width + 2 * width, 0, _wide(n * (width + 2)))
+    # Where patches are left out, the places of those that stay, in 64 bits.
+    chosen = 2 * n if vision.patch_dropout else 0
+    embedding = Part((patches + 2) * width + 2 * width, 0, _wide(n * (width + 2) + chosen))
+    pooled = pooled and vision.pool is not Pool.avg
     block = [_block(width, hidden, heads, Tokens(n, n * n), quick, vision.drop_path, last) for last in (False, pooled)]
     # All tokens are normalised, unless only one is there; in fp32, the pooled one lies in the memory of all.
-    rows = 1 if pooled else n
+    rows = 1 if pooled or vision.pool is Pool.avg else n
     norm = Part(2 * width, 0, _wide(rows * (width + 2)) + Kept(4 * (rows - 1) * width, 0))
     blocks = [*block[:1] * (layers - 1), block[1]]
     return [patchify, embedding, *blocks, norm, _projection(width, model.embed_dim)]

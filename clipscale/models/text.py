@@ -10,6 +10,8 @@ from torch import nn
 from clipscale.config.model import Activation, Text, TextPool
 from clipscale.models.packing import Packing, attend, attend_from, check_lengths, has_kernel, mean
 
+FILL = 256  # tokens; few shapes to compile for, and little that is computed for nothing
+
 
 class QuickGELU(nn.Module):
     """``x * sigmoid(1.702 x)``, the activation of OpenAI's own weights."""
@@ -102,7 +104,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Float[B, d] of Float[T, d]."""
-        q = self.q(self.latent[0]).unflatten(-1, (self.heads, -1)).expand(len(packing.places), -1, -1)
+        q = self.q(self.latent[0]).unflatten(-1, (self.heads, -1)).expand(len(packing.lengths), -1, -1)
         x = self.proj(attend_from(q, self.kv(x).unflatten(-1, (2, self.heads, -1)), packing).flatten(1))
         return x + self.mlp(self.norm(x))
 
@@ -130,6 +132,14 @@ class TextTower(nn.Module):
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.attn_pool = AttentionPool(config, activation) if config.pool is TextPool.map else None
         self.proj = nn.Linear(config.width, embed_dim, bias=config.proj_bias)
+        self.fill = 0  # tokens of packed captions are a multiple of it
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile each block by torch.compile. Batches are then filled up with tokens that are nobody's, so that few
+        shapes exist; what is computed of captions stays the same."""
+        self.fill = FILL
+        for block in self.blocks:
+            block.compile(backend=backend)
 
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor | Packing) -> torch.Tensor:
         """Features of packed captions: ``ids`` Int[T], all captions end to end, and ``lengths`` Int[B].
@@ -166,7 +176,7 @@ class TextTower(nn.Module):
             dtype = torch.get_autocast_dtype(device.type)
         if self.config.pad_to_context:
             return Packing.filled(lengths, self.context_length, device)
-        return Packing.of(lengths, device, exact=has_kernel(device, dtype, self.head_width))
+        return Packing.of(lengths, device, exact=has_kernel(device, dtype, self.head_width), fill=self.fill)
 
     def pack(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Padded ids Int[B, L] as packed ids Int[T] and lengths Int[B]; each caption ends at its end-of-text token.

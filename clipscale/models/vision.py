@@ -12,6 +12,7 @@ from torch import nn
 
 from clipscale.config.model import Activation, ImageProjection, Model
 from clipscale.errors import ConfigError
+from clipscale.models.drops import Drops
 from clipscale.models.vit import compute_what_counts
 
 TIMM_ACTIVATIONS = {Activation.gelu: "gelu", Activation.quickgelu: "quick_gelu", Activation.gelu_tanh: "gelu_tanh"}
@@ -32,6 +33,7 @@ class VisionTower(nn.Module):
         self.image_size = config.vision.image_size
         self.trunk = _build_trunk(config)
         compute_what_counts(self.trunk)
+        self.drops = Drops(self.trunk, config.vision)
         # CLIP's ResNets project inside their attention pool, its ViTs with a bias-free matrix after the last norm.
         self.proj: nn.Module = nn.Identity()
         width = int(self.trunk.num_features)
@@ -47,7 +49,10 @@ class VisionTower(nn.Module):
         for name, values in (("mean", config.mean), ("std", config.std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1) * 255, persistent=False)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> torch.Tensor:
+        """``seeds`` Int64[B] are what each image's drops are drawn from in training; without, torch's generator is."""
+        if self.training:
+            self.drops.draw(len(images), seeds, images.device)
         if images.dtype == torch.uint8:
             images = (images.float() - self.mean) / self.std
         return self.proj(self.trunk(images))
@@ -69,14 +74,17 @@ def trunk_activation(name: str) -> str | None:
 
 def _build_trunk(config: Model) -> Any:
     vision = config.vision
-    sizes = dict(patch_size=vision.patch_size, embed_dim=vision.width, depth=vision.layers, num_heads=vision.heads)
+    sizes: dict[str, Any] = dict(
+        patch_size=vision.patch_size, embed_dim=vision.width, depth=vision.layers, num_heads=vision.heads
+    )
+    sizes["global_pool"] = vision.pool.value if vision.pool else None
     is_vit = vision.timm.startswith("vit_")
     options: dict[str, Any] = {"drop_path_rate": vision.drop_path or None}  # some architectures know no such thing
     if is_vit:
         options |= sizes | {"img_size": vision.image_size, "act_layer": TIMM_ACTIVATIONS[config.activation]}
     elif any(value is not None for value in sizes.values()):
         raise ConfigError(
-            f"model.vision.timm={vision.timm} is no ViT: leave model.vision.{{patch_size,width,layers,heads}} null"
+            f"model.vision.timm={vision.timm} is no ViT: leave model.vision.{{patch_size,width,layers,heads,pool}} null"
         )
     pools_itself = vision.timm.startswith("resnet") and vision.timm.endswith("_clip")
     options["num_classes"] = config.embed_dim if pools_itself else 0
@@ -84,6 +92,13 @@ def _build_trunk(config: Model) -> Any:
         options["img_size"] = vision.image_size
     try:
         return timm.create_model(vision.timm, **{k: v for k, v in options.items() if v is not None})
+    except AssertionError as error:
+        if vision.pool is None:
+            raise
+        raise ConfigError(
+            f"model.vision.pool={vision.pool.value}: timm makes no such {vision.timm} ({error}); use "
+            "model.vision.pool=null"
+        ) from None
     except RuntimeError as error:
         if "Unknown model" not in str(error):
             raise

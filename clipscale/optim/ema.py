@@ -19,7 +19,8 @@ class Ema:
         self.decay = decay
         self._names = [name for name, _ in model.named_parameters()]
         self._parameters = [p for _, p in model.named_parameters()]
-        self._average = [p.detach().clone() for p in self._parameters]
+        # What is locked is its own average, for nothing.
+        self._average = [p.detach().clone() if p.requires_grad else p.detach() for p in self._parameters]
 
     @torch.no_grad()
     def update(self) -> None:

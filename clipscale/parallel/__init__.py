@@ -1,6 +1,7 @@
 """How a model is laid out over the ranks, and in which arithmetic it computes."""
 
-from clipscale.parallel.batchnorm import has_batchnorm, use_global_batch_statistics
+from clipscale.parallel.batchnorm import takes_statistics, use_global_batch_statistics
+from clipscale.parallel.layers import heights, layer_groups, lock
 from clipscale.parallel.parallelize import STRATEGIES, Parallelized, parallelize
 from clipscale.parallel.precision import PRECISIONS, build_scaler, towers_autocast
 
@@ -9,8 +10,11 @@ __all__ = [
     "STRATEGIES",
     "Parallelized",
     "build_scaler",
-    "has_batchnorm",
+    "heights",
+    "layer_groups",
+    "lock",
     "parallelize",
+    "takes_statistics",
     "towers_autocast",
     "use_global_batch_statistics",
 ]

@@ -71,6 +71,11 @@ def has_batchnorm(module: nn.Module) -> bool:
     return any(isinstance(child, _BatchNorm) for child in module.modules())
 
 
+def takes_statistics(module: nn.Module) -> bool:
+    """Whether a BatchNorm lies in ``module`` that normalises by the batch: one that is not locked, in training."""
+    return any(isinstance(child, _BatchNorm) and child.training for child in module.modules())
+
+
 def recomputing(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts for the forward pass of a checkpointed module and for its repetition in the backward pass.
 

@@ -21,6 +21,7 @@ from clipscale.config.running import Parallel
 from clipscale.distributed.collectives import world_size
 from clipscale.errors import ConfigError
 from clipscale.models import CLIP
+from clipscale.models.text import TextTower
 from clipscale.parallel.batchnorm import has_batchnorm, recomputing, use_global_batch_statistics
 
 
@@ -56,8 +57,11 @@ def parallelize(model: CLIP, config: Parallel, device: torch.device) -> Parallel
             options = {"context_fn": partial(recomputing, block)} if has_batchnorm(block) else {}
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
     if config.compile:
-        for block in blocks["visual"]:  # captions have a length of their own in every batch
+        for block in blocks["visual"]:
             block.compile()
+        # Attention within captions of any lengths is one operation there, for our own tower.
+        if device.type == "cuda" and isinstance(model.text, TextTower):
+            model.text.compile_blocks()
     if dist.is_initialized():
         return STRATEGIES[config.strategy.value](model, units, device)
     return Parallelized(model, model)

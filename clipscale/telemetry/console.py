@@ -60,6 +60,7 @@ class Console:
             "val/loss": "val loss",
             "val/retrieval/i2t_r1": "i2t R@1",
             "val/zeroshot/top1": "zero-shot top-1",
+            "val/top1": "top-1",
         }
         parts = []
         for key, label in shown.items():

@@ -20,11 +20,11 @@ from clipscale.checkpoint import TOKENIZER
 from clipscale.checkpoint.pretrained import load_pretrained, read_pretrained, read_text_tower
 from clipscale.config import Config
 from clipscale.config.data import Builtin, Data
-from clipscale.config.optim import MaskDuplicates
+from clipscale.config.optim import LossName, MaskDuplicates
 from clipscale.data.augment import ColorOptions
 from clipscale.data.embeddings import StoredTeacher
 from clipscale.data.index import cache_dir
-from clipscale.data.io import ShardStore
+from clipscale.data.io import ShardStore, resolve
 from clipscale.data.loader import TrainLoader
 from clipscale.data.manifest import ShardFile, Summary, damages, expand_shards, summarise
 from clipscale.data.order import SampleOrder, Shard
@@ -34,12 +34,12 @@ from clipscale.data.shapes import ShapesSpec, ensure_shapes, train_shards
 from clipscale.data.stream import read_samples
 from clipscale.data.synthetic import SyntheticLoader
 from clipscale.data.tokenizer import Tokenizer, build_tokenizer
-from clipscale.distributed.collectives import ALONE, whole
+from clipscale.distributed.collectives import ALONE, fill, whole
 from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ClipscaleError, ConfigError, DataError
-from clipscale.evals import EvalContext
+from clipscale.evals import Classes, EvalContext
 from clipscale.losses import LOSSES
-from clipscale.models import CLIP
+from clipscale.models import CLIP, Classifier
 from clipscale.models.hf import HFTextTower, read_hf_config
 from clipscale.parallel import towers_autocast
 from clipscale.trainer.probe import probe
@@ -209,6 +209,8 @@ def build_loader(
             data.negatives_key,
             data.negatives_per_sample,
             train.teachers,
+            data.label_key,
+            len(config.model.classes or ()),
         ),
         tokenizer=tokenizer,
         workers=data.workers,
@@ -216,23 +218,48 @@ def build_loader(
     )
 
 
-def start_from(model: CLIP, config: Config, runtime: Runtime) -> str:
+def read_classes(config: Config, data: Data, store: ShardStore, runtime: Runtime) -> Classes | None:
+    """The classes of a run that trains a classifier; None for another.
+
+    Records their names in ``config``. Raises DataError when they cannot be read, or are not those that are recorded.
+    """
+    if config.loss.name is not LossName.cross_entropy:
+        return None
+    classes = once_per_node(runtime, lambda: Classes.load(store, resolve(str(data.zeroshot.classes), data.root)))
+    classes.agree(config.model.classes or classes.names)
+    config.model.classes = classes.names
+    return classes
+
+
+def start_head(config: Config, model: Classifier, classes: Classes, tokenizer: Tokenizer, device: torch.device) -> None:
+    """Make a classifier what its towers are without training: its logits are the similarities to the classes' prompts.
+
+    A collective.
+    """
+    context = eval_context(config, model.eval(), tokenizer, device)
+    weight = classes.embed(context) * whole(model.logit_scale.detach()).exp().cpu()
+    fill(model.head.weight, weight)
+    fill(model.head.bias, torch.zeros(len(weight)))
+
+
+def start_from(model: CLIP, config: Config, runtime: Runtime) -> tuple[str, list[str]]:
     """Load what a new run starts from into a model that is not laid out over ranks yet; one rank a node downloads it.
 
     That is ``init.weights``, and those of a text tower of Hugging Face's, unless they have one. Returns what it was,
-    empty if nothing. Raises ClipscaleError when it cannot be had, or is not of this model.
+    empty if nothing, and what was said of weights that are not as they were found. Raises ClipscaleError when it cannot
+    be had, or is not of this model.
     """
     weights, name = config.init.weights, config.model.text.hf
     found = None if weights is None else once_per_node(runtime, lambda: read_pretrained(weights))
-    sources = []
+    sources, said = [], []
     if isinstance(model.text, HFTextTower) and config.model.text.hf_pretrained and not (found and found.of_hf_text):
         tower = model.text
         tower.transformer.load_state_dict(once_per_node(runtime, lambda: read_text_tower(tower, str(name))))
         sources.append(f"{name} (text)")
     if found is not None:
-        load_pretrained(model, found)
+        said = load_pretrained(model, found)
         sources.append(found.where)
-    return " and ".join(sources)
+    return " and ".join(sources), said
 
 
 def read_tokenizer(config: Config, runtime: Runtime) -> Tokenizer:

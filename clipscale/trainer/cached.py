@@ -47,7 +47,7 @@ def backward_through_parts(
     outputs, given = _outputs(part), gradients[last - 1]
     # The temperature is no part's own: it gets its gradient once, and here, where DDP waits for every parameter's.
     for output, leaf in ((part.logit_scale, batch.logit_scale), (part.logit_bias, batch.logit_bias)):
-        if output is not None and leaf is not None:
+        if output is not None and leaf is not None and leaf.requires_grad:
             outputs.append(output)
             given.append(_gradient(leaf))
     torch.autograd.backward(outputs, given)
@@ -55,14 +55,15 @@ def backward_through_parts(
 
 
 def _outputs(part: Features) -> list[torch.Tensor]:
-    """The features of a part, which its rows alone determine."""
-    outputs = [part.image, part.text]
-    return [*outputs, part.extra_text] if len(part.extra_text) else outputs
+    """The features of a part, which its rows alone determine; those of a locked tower want no gradient."""
+    return [x for x in (part.image, part.text, part.extra_text) if x.requires_grad and len(x)]
 
 
 def _gradients_of_parts(batch: Features, parts: Sequence[Features]) -> list[list[torch.Tensor]]:
     of_outputs = [
-        _gradient(leaf).split([len(_outputs(part)[i]) for part in parts]) for i, leaf in enumerate(_outputs(batch))
+        _gradient(leaf).split([len(part[i]) for part in parts])  # type: ignore[arg-type]
+        for i, leaf in enumerate((batch.image, batch.text, batch.extra_text))
+        if leaf.requires_grad and len(leaf)
     ]
     return [list(of_part) for of_part in zip(*of_outputs, strict=True)]
 
@@ -80,7 +81,7 @@ def _leaves(parts: Sequence[Features]) -> Features:
 
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().requires_grad_()
+    return tensor.detach().requires_grad_(tensor.requires_grad)  # parts joined want one if the kept part does
 
 
 def _gradient(leaf: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,20 @@ from clipscale.config import Config
 from clipscale.config.optim import LossName, MaskDuplicates
 from clipscale.data.loader import Batch
 from clipscale.distributed.collectives import Gathering, Group, world_size
-from clipscale.losses import LOSSES, LossStats, PairIds, Teacher, distill_loss, duplicate_fraction
+from clipscale.losses import (
+    LOSSES,
+    ClassifierStats,
+    LossStats,
+    PairIds,
+    Teacher,
+    cross_entropy_loss,
+    distill_loss,
+    duplicate_fraction,
+)
 from clipscale.models import CLIP, Features
 from clipscale.trainer.teachers import PinnedTeacher, ask_teacher, load_teacher
+
+Stats = LossStats | ClassifierStats
 
 STORED_SCALE = 100.0  # of teachers whose embeddings are stored, unless they bring another: what CLIP ends with
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: as the towers leave them
@@ -45,12 +56,14 @@ class Objective:
         parts: Sequence[Batch],
         stats: bool,
         gathering: Gathering | None = None,
-    ) -> tuple[torch.Tensor, LossStats | None]:
+    ) -> tuple[torch.Tensor, Stats | None]:
         """The loss of the global batch, Float[], and its statistics if they are wanted.
 
         ``features`` are those of ``batch``, this rank's share of it, ``parts`` its microbatches, and ``gathering`` that
         of its texts, if they were sent ahead.
         """
+        if self.config.loss.name is LossName.cross_entropy:
+            return self._classify(features.image, batch, stats)
         config, dtype = self.config.loss, DTYPES[self.config.loss.dtype.value]
         image, text, extra = (x.to(dtype or x.dtype) for x in (features.image, features.text, features.extra_text))
         options: dict[str, Any] = {"stats": stats, "pair_ids": self._pair_ids(batch, image.device)}
@@ -70,6 +83,11 @@ class Objective:
         ids = [ids for ids in (batch.caption_ids, batch.image_ids) if ids is not None]
         shares = torch.stack([duplicate_fraction(one.to(image.device)) for one in ids])
         return loss, found._replace(duplicate_fraction=shares.max())  # also where they are not masked
+
+    def _classify(self, logits: torch.Tensor, batch: Batch, stats: bool) -> tuple[torch.Tensor, Stats | None]:
+        labels = batch.text_ids.to(logits.device, non_blocking=True)
+        outcome = cross_entropy_loss(logits, labels, label_smoothing=self.config.loss.label_smoothing, stats=stats)
+        return outcome if stats else (outcome, None)
 
     def _pair_ids(self, batch: Batch, device: torch.device) -> PairIds | None:
         mask = self.config.loss.mask_duplicates

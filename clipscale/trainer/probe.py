@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from clipscale.config import Config
 from clipscale.data.embeddings import StoredTeacher, read_embeddings
 from clipscale.data.manifest import ShardFile, Summary
-from clipscale.data.samples import BadSample, Member, find_negatives, list_members
+from clipscale.data.samples import BadSample, Member, find_label, find_negatives, list_members
 from clipscale.data.stream import read_samples
 from clipscale.errors import DataError
 
@@ -18,10 +18,13 @@ MOST_SHARDS, MOST_SAMPLES = 64, 2048  # that are looked at, where nothing is fou
 def probe(config: Config, files: Sequence[ShardFile], summaries: Sequence[Summary]) -> tuple[StoredTeacher, ...]:
     """The teachers whose embeddings stand with the samples.
 
-    Raises DataError for them, or hard negatives, where no sample that is looked at has what the configuration names.
+    Raises DataError for them, hard negatives or labels, where no sample that is looked at has what the configuration
+    names.
     """
     if config.data.negatives_key is not None:
         require_negatives(files, summaries, config.data.negatives_key)
+    if config.data.label_key is not None:
+        require_labels(files, summaries, config.data.label_key, len(config.model.classes or ()))
     stored = [one for one in config.loss.teachers if isinstance(one, dict)]
     return tuple(find_teacher(files, summaries, one["image"], one["text"]) for one in stored)
 
@@ -36,6 +39,24 @@ def require_negatives(files: Sequence[ShardFile], summaries: Sequence[Summary], 
     raise DataError(
         f"data.negatives_key={key}: none of the {seen} samples that were looked at has a text there; the first holds "
         f"{held or 'nothing'}; null turns hard negatives off"
+    )
+
+
+def require_labels(files: Sequence[ShardFile], summaries: Sequence[Summary], key: str, classes: int) -> None:
+    """Raise DataError when no sample that is looked at has the index of a class."""
+    reasons, held = Counter[str](), ""
+    for sample in _some(files, summaries):
+        try:
+            if 0 <= find_label(sample, key) < classes:
+                return
+            reasons[f"label outside of the {classes} classes"] += 1
+        except BadSample as error:
+            reasons[str(error)] += 1
+        held = held or _on_one_line(list_members(sample))
+    found = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
+    raise DataError(
+        f"data.label_key={key}: no sample that was looked at has a class there ({found or 'no sample'}); the "
+        f"first holds {held or 'nothing'}"
     )
 
 

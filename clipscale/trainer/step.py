@@ -14,12 +14,11 @@ from clipscale.data.loader import Batch, step_seed
 from clipscale.distributed.collectives import Gathering, whole
 from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError
-from clipscale.losses import LossStats
 from clipscale.models import CLIP, Features
 from clipscale.optim import Ema
-from clipscale.parallel import Parallelized, has_batchnorm, towers_autocast
+from clipscale.parallel import Parallelized, takes_statistics, towers_autocast
 from clipscale.trainer.cached import backward_through_parts
-from clipscale.trainer.objective import Objective, SendAhead, extra_rows
+from clipscale.trainer.objective import Objective, SendAhead, Stats, extra_rows
 
 
 @dataclass
@@ -36,13 +35,13 @@ class TrainStep:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: Ema | None
-    _stats: LossStats | None = None  # of the last step, if they were asked for
+    _stats: Stats | None = None  # of the last step, if they were asked for
     _norm: torch.Tensor | None = None  # of the gradient before clipping; None if nothing is clipped
 
     def __post_init__(self) -> None:
         pairs = self.config.global_batch_size // self.runtime.world
         self.microbatches = self.config.optim.count_microbatches(pairs)
-        if self.microbatches > 1 and has_batchnorm(self.model):
+        if self.microbatches > 1 and takes_statistics(self.model):
             raise ConfigError(
                 f"optim.microbatches={self.config.optim.microbatches}: BatchNorm would take the statistics of "
                 f"{self.microbatches} microbatches for those of the batch, so model.vision.timm="
@@ -59,7 +58,7 @@ class TrainStep:
         """Train on this rank's part of a batch that begins after ``samples_seen``. Returns the loss of the global
         batch, Float[], still on the device; after one with ``stats``, :meth:`statistics` tells more."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         loss = self._backward(batch, samples_seen, stats)
         self.scaler.unscale_(self.optimizer)
         if self.config.optim.clip_grad_norm is not None:
@@ -77,8 +76,8 @@ class TrainStep:
         parts = batch.cut(self.microbatches)
 
         def forward(i: int, ahead: SendAhead | None = None) -> Features:
-            # Derived, never saved: a resumed run draws what an undisturbed one would have drawn, and a repeated forward
-            # pass what the first one drew.
+            # For what does not draw from the samples' own seeds. Derived, never saved: a resumed run draws what an
+            # undisturbed one would have drawn, and a repeated forward pass what the first one drew.
             torch.manual_seed(step_seed(self.config.seed, samples_seen, self.runtime.rank, i))
             return self._features(parts[i], ahead)
 
@@ -97,12 +96,12 @@ class TrainStep:
         if batch.negative_ids is not None and batch.negative_lengths is not None:
             ids = torch.cat([ids, batch.negative_ids])
             lengths = torch.cat([lengths, batch.negative_lengths[batch.negative_lengths > 0]])
-        images, ids = (tensor.to(device, non_blocking=True) for tensor in (batch.images, ids))
+        images, ids, seeds = (tensor.to(device, non_blocking=True) for tensor in (batch.images, ids, batch.seeds))
         # A context for each pass: the casts that autocast keeps from one without a graph have none.
         with towers_autocast(self.config.precision.name, device):
             packing, begin = self.model.text.packing(lengths), ahead.begin if ahead else None
             # A method: FSDP hands on copies of dataclasses where it casts inputs, and a copy's gathering would be lost.
-            features = self.laid_out.module(images, ids, packing, begin)
+            features = self.laid_out.module(images, ids, packing, begin, seeds)
         return features._replace(extra_text=extra_rows(features.extra_text, batch))
 
     def grad_norm(self) -> float:
@@ -126,7 +125,7 @@ class TrainStep:
     @torch.no_grad()
     def _clamp_temperature(self) -> None:
         highest = self.config.loss.max_logit_scale
-        if highest is not None:
+        if highest is not None and self.model.logit_scale.requires_grad:
             self.model.logit_scale.clamp_(0.0, math.log(highest))
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from clipscale.checkpoint import TOKENIZER, Checkpointer, Saved, read_saved
 from clipscale.config import Config, save_config
 from clipscale.config.fields import leaves
-from clipscale.config.model import model_summary
+from clipscale.config.model import HeadStart, model_summary
 from clipscale.config.resume import value_of
 from clipscale.config.rundir import append_rows, count_events, log_event, write_result
 from clipscale.config.schema import Config as Schema
@@ -26,9 +26,9 @@ from clipscale.distributed.faults import StopRequest
 from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError, DivergedError, ExitCode
 from clipscale.evals import build_evaluators, damaged_shards
-from clipscale.models import build_model
+from clipscale.models import Classifier, build_model
 from clipscale.optim import Ema, build_optimizer, configure, learning_rate
-from clipscale.parallel import build_scaler, parallelize
+from clipscale.parallel import build_scaler, heights, lock, parallelize
 from clipscale.telemetry import Meters, Sinks, evaluated_at, last_values
 from clipscale.trainer.account import Account, listed
 from clipscale.trainer.build import (
@@ -38,9 +38,11 @@ from clipscale.trainer.build import (
     eval_context,
     once_per_node,
     place_data,
+    read_classes,
     read_tokenizer,
     run_path,
     start_from,
+    start_head,
 )
 from clipscale.trainer.objective import build_objective
 from clipscale.trainer.step import TrainStep
@@ -62,6 +64,7 @@ class Trainer:
         teachers = once_per_node(runtime, lambda: pin_teachers(config, self.tokenizer, taught_by))
         self.data = place_data(config.data, runtime)
         self.store = build_store(config, runtime.world)
+        classes = read_classes(config, self.data, self.store, runtime)
         self.train = build_train_data(config, self.data, self.store, runtime)
         model = build_model(
             config.model,
@@ -69,15 +72,19 @@ class Trainer:
             logit_scale=config.loss.init_logit_scale,
             logit_bias=config.loss.first_bias,
         )
-        self.starts_from = start_from(model, config, runtime) if newest is None else ""
+        self.starts_from, self.resized = start_from(model, config, runtime) if newest is None else ("", [])
+        lock(model, config.lock)
         laid_out = parallelize(model, config.parallel, runtime.device)
         self.model = laid_out.model
-        optimizer = build_optimizer(self.model, config.optim)
+        if newest is None and classes is not None and config.init.head is HeadStart.zeroshot:
+            assert isinstance(self.model, Classifier)
+            start_head(config, self.model, classes, self.tokenizer, runtime.device)
+        optimizer = build_optimizer(self.model, config.optim, heights(self.model))
         self.ema = Ema(self.model, config.ema.decay) if config.ema.decay is not None else None
         scaler = build_scaler(config.precision.name, runtime.device)
         objective = build_objective(config, teachers, runtime.device)
         self.step = TrainStep(config, runtime, laid_out, objective, optimizer, scaler, self.ema)
-        self.evaluators = build_evaluators(self.data, self.store, config.model.vision, config.global_batch_size)
+        self.evaluators = build_evaluators(self.data, self.store, config.model, config.global_batch_size)
         self.saved = Saved(positions=[0] * self.train.order.streams, fingerprint=self.train.order.fingerprint)
         self.saved.teachers = [str(teacher) for teacher in teachers]
         self.account = Account(config, self.path, runtime, self.train)
@@ -326,11 +333,11 @@ class Trainer:
         if self.runtime.is_main:
             self.checkpoints.clean()
             save_config(self.config, self.path / "config.yaml")  # with the window that was chosen
-            self.tokenizer.save(self.path / TOKENIZER)
             log_event(
                 self.path, "started", attempt=self.attempt, world_size=self.runtime.world,
                 samples_seen=self.saved.samples_seen, checkpoint=newest and newest.name,
             )  # fmt: skip
+            self.tokenizer.save(self.path / TOKENIZER)  # now: until it has started, a run may be given another
 
     def _check_order(self) -> None:
         order = self.train.order
@@ -356,13 +363,17 @@ class Trainer:
         start = f"resuming at {saved.samples_seen:,}" if saved.samples_seen else "starting"
         start += f" from {self.starts_from}," if self.starts_from else ""
         parameters = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        locked = f" ({trained / 1e6:.1f} M trained)" if trained < parameters else ""
         parts = f", {self.step.microbatches} microbatches on each process" if self.step.microbatches > 1 else ""
         say(f"{self.path}: {start} of {config.total_samples:,} samples in batches of {config.global_batch_size}{parts}")
         say(
-            f"  model {model_summary(config.model)}, {parameters / 1e6:.1f} M parameters; "
+            f"  model {model_summary(config.model)}, {parameters / 1e6:.1f} M parameters{locked}; "
             f"{config.parallel.strategy.value}, {self.runtime.world} x {self.runtime.device.type}, "
             f"{config.precision.name.value}"
         )
+        for change in self.resized:
+            say(f"  {self.config.init.weights}: {change}")
         say(
             f"  data {self.train.samples:,} samples in {len(order.shards)} shards; {order.streams} streams, "
             f"windows of {order.window_size}"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from timm.layers import PatchDropout
 from torch.distributed.tensor.debug import CommDebugMode
 
 from clipscale.config import compose
@@ -26,9 +26,9 @@ STEPS = 3
 
 def configured(overrides: list[str], tower: str = "vit") -> Config:
     config, _ = compose([f"global_batch_size={B}", *overrides])
-    rate = config.model.vision.drop_path
+    drops = {key: getattr(config.model.vision, key) for key in ("drop_path", "patch_dropout")}
     config.model = small(tower)
-    config.model.vision.drop_path = rate
+    config.model.vision = replace(config.model.vision, **drops)
     return config
 
 
@@ -115,32 +115,67 @@ def test_ranks_with_checkpointed_blocks(pool2: Any, alone: Any, layout: str) -> 
 
 # ---- what is random in the model --------------------------------------------------------------------------------
 
-RANDOM = ["model.vision.drop_path=0.4", "optim.microbatches=4"]
+RANDOM = ["model.vision.drop_path=0.4", "model.vision.patch_dropout=0.5"]
 
 
-def randomised(config: Config) -> CLIP:
-    """Stochastic depth from the configuration, and half of the patches dropped."""
+@pytest.fixture(scope="module")
+def dropped() -> list[tuple[float, Gradients]]:
+    """One process on the whole batch at once, with stochastic depth and half of the patches."""
+    return trained(RANDOM)
+
+
+def test_something_is_dropped(alone: Any, dropped: Any) -> None:
+    assert worst(dropped[0][1], alone["loss=clip"][0][1])[0] > 0.01
+
+
+RECOMPUTED = "parallel.activation_checkpointing=full"
+DROPS = [
+    # world, overrides
+    (1, ["optim.microbatches=3"]),
+    (1, ["optim.microbatches=4", RECOMPUTED]),
+    (1, [RECOMPUTED]),
+    (2, ["parallel=ddp"]),
+    (2, ["parallel=fsdp", RECOMPUTED]),
+    (2, ["parallel=ddp", "optim.microbatches=4", RECOMPUTED]),
+    (2, ["parallel=fsdp", "optim.microbatches=3"]),
+    pytest.param(4, ["parallel=ddp", "optim.microbatches=2"], marks=pytest.mark.slow),
+    pytest.param(4, ["parallel=fsdp"], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("world", "overrides"), DROPS, ids=str)
+def test_what_is_dropped_is_each_samples_own(pools: Any, dropped: Any, world: int, overrides: list[str]) -> None:
+    arguments = [*RANDOM, *overrides]
+    for result in [trained(arguments)] if world == 1 else pools[world].run(trained, arguments):
+        assert_equal(result, dropped, 1e-12)
+
+
+def with_dropout(config: Config) -> CLIP:
+    """A model in which something else is random too: dropout, which torch's own generator draws."""
     model = double(config)
     trunk: Any = model.visual.trunk
-    assert trunk.num_prefix_tokens == 1
-    trunk.patch_drop = PatchDropout(0.5, num_prefix_tokens=1)
+    for block in trunk.blocks:
+        block.attn.proj_drop = torch.nn.Dropout(0.3)
     return model
 
 
 def cached(overrides: list[str], device: str = "cpu") -> Gradients:
-    config = configured([*RANDOM, *overrides])
-    step = build(config, randomised(config), device=device)
+    config = configured([*RANDOM, "optim.microbatches=4", *overrides])
+    step = build(config, with_dropout(config), device=device)
     step(my_batch(0), 5 * B, 1e-3)
     return {n: whole(p.grad).clone() for n, p in step.model.named_parameters()}
 
 
 def kept(seed: int, device: str = "cpu") -> Gradients:
     """The same, with the graphs of all microbatches kept."""
-    model = randomised(configured(RANDOM)).to(device)
+    model = with_dropout(configured(RANDOM)).to(device)
     parts = []
     for i, part in enumerate(my_batch(0).cut(4)):
         torch.manual_seed(step_seed(seed, 5 * B, rank(), i))
-        parts.append(model(*(t.to(device) for t in (part.images, part.text_ids, part.text_lengths))))
+        images, ids, lengths, seeds = (
+            t.to(device) for t in (part.images, part.text_ids, part.text_lengths, part.seeds)
+        )
+        parts.append(model(images, ids, lengths, seeds=seeds))
     image, text = (torch.cat(tensors) for tensors in list(zip(*parts, strict=True))[:2])
     clip_loss(image, text, parts[0].logit_scale).backward()
     return {n: average(p.grad) for n, p in model.named_parameters() if p.grad is not None}
@@ -149,8 +184,8 @@ def kept(seed: int, device: str = "cpu") -> Gradients:
 def test_a_repeated_pass_draws_as_the_first_one() -> None:
     truth = kept(seed=0)
     assert worst(cached([]), truth)[0] <= 1e-12
-    assert worst(cached(["parallel.activation_checkpointing=full"]), truth)[0] <= 1e-12
-    assert worst(kept(seed=1), truth)[0] > 0.01, "nothing was random"
+    assert worst(cached([RECOMPUTED]), truth)[0] <= 1e-12
+    assert worst(kept(seed=1), truth)[0] > 0.01, "dropout was not random"
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
@@ -165,7 +200,7 @@ def test_a_repeated_pass_draws_as_the_first_one_on_each_rank(pool2: Any, layout:
 
 def scaled(overrides: list[str], scale: float) -> list[tuple[float, Gradients]]:
     config = configured(overrides)
-    return train(build(config, double(config), torch.amp.GradScaler("cpu", init_scale=scale)))
+    return train(build(config, double(config), scaler=torch.amp.GradScaler("cpu", init_scale=scale)))
 
 
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**-3])

@@ -39,8 +39,8 @@ TABLE = [
     ("bert", ["parallel=ddp", "optim.microbatches=4"]),
     ("bert", ["parallel=fsdp", "parallel.activation_checkpointing=full", "optim.microbatches=2"]),
     ("t5", ["parallel=fsdp", "parallel.activation_checkpointing=full"]),
-    ("gpt2", ["parallel=ddp", "parallel.activation_checkpointing=full"]),
-    ("roberta", ["parallel=fsdp"]),
+    pytest.param("gpt2", ["parallel=ddp", "parallel.activation_checkpointing=full"], marks=pytest.mark.slow),
+    pytest.param("roberta", ["parallel=fsdp"], marks=pytest.mark.slow),
 ]
 
 

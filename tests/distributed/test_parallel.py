@@ -18,7 +18,7 @@ from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError
 from clipscale.models import CLIP, build_model
 from clipscale.optim import Ema, build_optimizer, configure
-from clipscale.parallel import build_scaler, parallelize
+from clipscale.parallel import build_scaler, heights, lock, parallelize
 from clipscale.trainer.objective import Objective
 from clipscale.trainer.step import TrainStep
 
@@ -46,7 +46,8 @@ def make_batch(step: int, share: slice) -> Batch:
     captions = [torch.randint(0, 62, (int(n),), generator=generator) for n in lengths]
     captions = [torch.cat([c[:-1], torch.tensor([63])]).int() for c in captions]
     no_positions, caption_ids = torch.zeros(1, dtype=torch.int64), torch.arange(B)[share]
-    return Batch(images[share], torch.cat(captions[share]), lengths[share].int(), no_positions, [], caption_ids)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (B,), generator=generator)[share]
+    return Batch(images[share], torch.cat(captions[share]), lengths[share].int(), no_positions, [], caption_ids, seeds)
 
 
 def build(
@@ -60,8 +61,9 @@ def build(
     """A step on this rank; the model, the objective and the scaler are the configuration's where none is given."""
     runtime = Runtime(rank(), world_size(), rank(), torch.device(device))
     model = model or build_model(config.model, logit_bias=config.loss.first_bias)
+    lock(model, config.lock)
     laid_out = parallelize(model, config.parallel, runtime.device)
-    optimizer = build_optimizer(laid_out.model, config.optim)
+    optimizer = build_optimizer(laid_out.model, config.optim, heights(laid_out.model))
     ema = Ema(laid_out.model, 0.9)
     scaler = scaler or build_scaler(config.precision.name, runtime.device)
     return TrainStep(config, runtime, laid_out, objective or Objective(config), optimizer, scaler, ema)

@@ -71,3 +71,14 @@ def test_weights_of_another_model_are_refused_before_training(tmp_path: Path) ->
     output = run(*command, "model=vit_s_16", "total_samples=32", expect=2)
     assert output.startswith("error: init.weights=") and output.strip().endswith("use model=tiny")
     assert not count_events(tmp_path / "wrong", "started")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_at_a_higher_resolution(tmp_path: Path) -> None:
+    """And with longer captions, from the checkpoint of a run."""
+    low = ["model.vision.image_size=32", "model.context_length=8"]
+    run(*recipe(tmp_path), *low, "name=low", f"total_samples={2 * BATCH}")
+    output = run(*recipe(tmp_path), f"init.weights={tmp_path / 'low'}", "name=full", f"total_samples={BATCH}")
+    for change in ("pos_embed interpolated from 5 to 17", "positional_embedding interpolated from 8 to 32"):
+        assert f"{change} positions" in output
+    assert len(losses(tmp_path / "full")) == 1

@@ -41,7 +41,7 @@ def test_steps_equal_the_cpus(overrides: list[str], bound: float) -> None:
     assert losses_on("cuda", overrides) == pytest.approx(losses_on("cpu", []), rel=bound)
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_losses_equal_the_cpus(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     image, text = (

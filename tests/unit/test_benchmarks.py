@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import loss, loss_modes, step, towers
+from benchmarks import loss, loss_modes, mfu, step, towers
 from benchmarks.loader_shards import ImageSet, make_shards
 from benchmarks.loader_side import Job, measure, rates
 from benchmarks.loss_sides import errors, peak_bytes, sides
 from clipscale.config import load_group
 from clipscale.config.model import Model
+from clipscale.errors import ConfigError
 from clipscale.models import build_model
 
 TINY = ImageSet("tiny", 64, 48, 3000, 24, 2)
@@ -89,15 +90,37 @@ def test_the_towers_are_of_the_same_sizes() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
 def test_both_sides_make_the_same_steps(precision: str) -> None:
-    sides = step.Sides("tiny", 4, precision)
-    pairs = step.Pairs.draw(sides.step.model, 4, "laion")
-    bound = 1e-5 if precision == "fp32" else 1e-2
+    config = step.configure("tiny", 4, f"precision={precision}")
+    sides, pairs = step.Sides.of(config), step.Pairs.draw(config.model, 4, "laion")
     first = sides.losses(pairs)
-    assert first[0] == pytest.approx(first[1], rel=bound)
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
     row = step.measure(sides, pairs, rounds=1)
     assert min(row[side] for side in ("ours", "theirs", "fused")) > 0
-    assert row["ceiling"] > step.ceiling(sides.config.model, step.Pairs.draw(sides.step.model, 4, "full").batch) > 1
-
+    assert row["ceiling"] > step.ceiling(config.model, step.Pairs.draw(config.model, 4, "full").batch) > 1
     now = sides.losses(pairs)
     assert now[0] < first[0] and now[1] < first[1]  # two steps of ours, four of theirs
     step.show("tiny", precision, "laion", pairs, row)
+
+
+def test_utilisation_is_written_into_its_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = tmp_path / "mfu.md"
+    document.write_text(f"How.\n\n{mfu.HEADING}\n\nold\n")
+    arguments = ["--device", "cpu", "--models", "tiny", "--most", "8", "--steps", "1", "1"]
+    arguments += ["--sides", "clipscale", "open_clip"]
+    assert mfu.main(arguments) == 2
+    assert "--peak-tflops" in capsys.readouterr().err
+    assert mfu.main([*arguments, "--peak-tflops", "0.1", "--write", str(document)]) == 0
+    text = document.read_text()
+    assert text.startswith("How.") and "old" not in text and "aten::mm" in text
+    assert [line.split("|")[2].strip() for line in text.splitlines() if "`tiny` |" in line] == [
+        "clipscale",
+        "open_clip",
+    ]
+
+
+def test_peaks_of_devices() -> None:
+    assert mfu.peak_of("NVIDIA H200", None) == mfu.peak_of("NVIDIA H100 80GB HBM3", None) == 989
+    assert mfu.peak_of("NVIDIA A100-SXM4-80GB", None) == 312 and mfu.peak_of("NVIDIA A100-SXM4-80GB", 100) == 100
+    assert mfu.peak_of("NVIDIA H100 PCIe", None) == 756 and mfu.peak_of("NVIDIA L40S", None) == 362
+    with pytest.raises(ConfigError, match="Quadro: its peak is not known"):
+        mfu.peak_of("Quadro", None)

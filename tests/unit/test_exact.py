@@ -257,6 +257,7 @@ def assert_equal(batch: Batch, expected: Expected, what: str) -> None:
     assert batch.truncated == expected.truncated, what
     assert torch.equal(batch.images, torch.stack(expected.images)), what
     assert batch.caption_ids.tolist() == expected.caption_ids, what
+    assert [seed % 2**64 for seed in batch.seeds.tolist()] == expected.seeds, what
     for name in ("image_ids", "negative_ids", "negative_lengths"):
         found = getattr(batch, name)
         assert ([] if found is None else found.tolist()) == getattr(expected, name), f"{name} of {what}"

@@ -172,8 +172,8 @@ def test_the_model_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
     run = make_run(tmp_path, "model=tiny", "loss=siglip", "model.vision.timm=vit_tiny_patch16_224")
-    with pytest.raises(ClipscaleError, match="--to onnx: choose from open_clip, hf, safetensors"):
-        export(run, "onnx", tmp_path / "a")
+    with pytest.raises(ClipscaleError, match="--to torchscript: choose from open_clip, hf, safetensors, onnx"):
+        export(run, "torchscript", tmp_path / "a")
     with pytest.raises(ClipscaleError, match="holds something already"):
         export(run, "hf", run)
     with pytest.raises(ClipscaleError, match="no logit_bias"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
 
 from clipscale.checkpoint.pretrained import Pretrained, load_pretrained, read_text_tower
 from clipscale.config import compose, validate
@@ -100,6 +101,19 @@ def test_every_weight_is_trained_and_every_layer_found() -> None:
         ids, lengths = draw_captions(LENGTHS, 100)
         model.encode_text(ids + 4, lengths).square().sum().backward()
         assert not [name for name, p in model.text.named_parameters() if p.grad is None], kind
+
+
+def test_layers_compile_for_few_shapes() -> None:
+    ours = tower("bert")
+    batches = [draw_captions(lengths, 100) for lengths in ([5, 9], [24, 3], [16, 2], [1, 1], [8, 20])]
+    plain = [ours(ids + 4, lengths) for ids, lengths in batches]
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    ours.compile_blocks(backend=graphs)
+    for (ids, lengths), expected in zip(batches, plain, strict=True):
+        torch.testing.assert_close(ours(ids + 4, lengths), expected, atol=1e-5, rtol=1e-5)
+    assert graphs.frame_count <= 2 * len(ours.blocks), "one for the first length, one for all others"
+    torch._dynamo.reset()
 
 
 def test_weights_are_drawn_from_the_seed() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from open_clip.tokenizer import get_reduction_mask_fn
 
 from clipscale.config.data import LongCaption
 from clipscale.data import loader
@@ -83,7 +86,7 @@ def test_a_batch_is_cut_into_microbatches(
     assert [int(part.text_lengths.sum()) for part in parts] == [len(part.text_ids) for part in parts]
     joined = Batch.concatenate(parts)
     assert joined.keys == batch.keys
-    for name in ("images", "text_ids", "text_lengths"):
+    for name in ("images", "text_ids", "text_lengths", "seeds"):
         assert torch.equal(getattr(joined, name), getattr(batch, name)), name
 
 
@@ -95,6 +98,35 @@ def test_long_captions_may_begin_at_any_sentence(tmp_path: Path, tokenizer: Toke
         batch = next(iter(make_loader(files, make_order(files), tokenizer, 24, long_caption=kept)))
         first = batch.text_lengths.cumsum(0) - batch.text_lengths + 1
         assert set(batch.text_ids[first].tolist()) == found and batch.truncated == 24
+
+
+@pytest.mark.parametrize(("kept", "theirs"), [(LongCaption.block, "simple"), (LongCaption.random, "random")])
+def test_short_captions_are_made_as_open_clip_makes_them(
+    tmp_path: Path, tokenizer: Tokenizer, kept: LongCaption, theirs: str
+) -> None:
+    """Of 16 words with room for 14: the same captions come out, 3 or 120 of them, all equally often."""
+    caption = "a red circle is left of two blue stars and one green square on white paper"
+    assert len(Tokenizer("clip", 77).encode(caption)[0]) == 18
+    files = shard_files(
+        write_shards(tmp_path, [600], {n: {"jpg": jpeg(n), "txt": caption.encode()} for n in range(600)})
+    )
+    batch = next(iter(make_loader(files, make_order(files), tokenizer, 600, long_caption=kept)))
+    ours = Counter(tuple(ids.tolist()) for ids in batch.text_ids.split(batch.text_lengths.tolist()))
+    shorten = get_reduction_mask_fn(theirs)
+    torch.manual_seed(0)
+    random.seed(0)
+    expected = shorten([caption] * 3000, 16, 49406, 49407, tokenizer._impl.encode)
+    assert set(ours) <= {tuple(row) for row in expected.tolist()}
+    ways = 3 if kept is LongCaption.block else 120
+    assert 0.95 * ways <= len(ours) <= ways and max(ours.values()) < 600 / ways + 5 * (600 / ways) ** 0.5
+    assert batch.truncated == 600
+
+
+def test_a_choice_of_tokens_leaves_start_and_end(tokenizer: Tokenizer) -> None:
+    long = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+    ids, cut = tokenizer.encode(long, lambda count, room: range(count - room, count))
+    assert cut and ids.tolist() == [49406, *tokenizer.encode(long[4:])[0][1:-1].tolist(), 49407]
+    assert tokenizer.encode("one", lambda count, room: [])[0].tolist() == tokenizer.encode("one")[0].tolist()
 
 
 def test_captions_are_cleaned_if_asked_to(tmp_path: Path, tokenizer: Tokenizer) -> None:

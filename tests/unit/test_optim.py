@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 
+from clipscale.config import compose, validate
 from clipscale.config.optim import Optim, Schedule, ScheduleName
+from clipscale.errors import ConfigError
 from clipscale.models import build_model
-from clipscale.optim import Ema, build_optimizer, learning_rate
+from clipscale.optim import Ema, build_optimizer, configure, learning_rate
+from clipscale.parallel import heights
 
 
 def test_cosine_equals_open_clips() -> None:
@@ -45,6 +49,49 @@ def test_decay_groups_equal_open_clips() -> None:
     for name, parameter in model.named_parameters():
         exempt = parameter.ndim < 2 or "norm" in name or "bias" in name or "cls_token" in name
         assert (id(parameter) not in decayed) == exempt, name
+
+
+def test_layers_below_learn_more_slowly() -> None:
+    model = build_model("tiny")
+    config = Optim(lr=0.1, weight_decay=0.3, layer_decay=0.5)
+    optimizer = build_optimizer(model, config, heights(model))
+    place = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        group, block = place[id(parameter)], re.search(r"blocks\.(\d+)", name)
+        layers = 4 if name.startswith("visual.") else 2
+        if block:
+            height = layers - int(block[1])
+        elif ".norm." in name:
+            height = 1  # with the last block
+        else:
+            height = 0 if re.search(r"temperature|\.proj\.weight$", name.replace("embed.proj", "")) else layers + 1
+        assert group["lr"] == pytest.approx(0.1 * 0.5**height), name
+        exempt = parameter.ndim < 2 or name.endswith("cls_token")
+        assert group["weight_decay"] == (0.0 if exempt else 0.3), name
+    configure(optimizer, Optim(lr=0.2, layer_decay=0.5))
+    assert max(group["lr"] for group in optimizer.param_groups) == 0.2
+
+
+@pytest.mark.parametrize("decay", [0.0, -1.0, 1.5])
+def test_a_layer_decay_out_of_range_is_refused(decay: float) -> None:
+    config, _ = compose([f"optim.layer_decay={decay}"])
+    with pytest.raises(ConfigError, match=r"optim\.layer_decay"):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["lock.image=true", "lock.text=true"], "nothing is left to train"),
+        (["lock.image=true"], "locks weights that nothing has trained"),
+        (["lock.text_unlocked_groups=2"], "no effect without lock.text=true"),
+        (["lock.image=true", "lock.image_unlocked_groups=-1"], "must be 0 or more"),
+    ],
+)
+def test_locks_without_meaning_are_refused(overrides: list[str], message: str) -> None:
+    config, _ = compose(overrides)
+    with pytest.raises(ConfigError, match=message):
+        validate(config)
 
 
 def test_ema_moves_and_swaps() -> None:

@@ -98,7 +98,7 @@ def test_negatives_disturb_no_other_draw(tmp_path: Path, tokenizer: Tokenizer) -
         files, tokenizer, 16, caption_key="json:captions", negatives_key="json:negatives", negatives_per_sample=2
     )
     assert plain.negative_ids is plain.negative_lengths is None
-    for name in ("images", "text_ids", "text_lengths", "positions", "caption_ids"):
+    for name in ("images", "text_ids", "text_lengths", "positions", "caption_ids", "seeds"):
         assert torch.equal(getattr(plain, name), getattr(with_some, name)), name
     assert with_some.negative_ids is not None and with_some.negative_lengths is not None
     drawn = with_some.negative_ids.split(with_some.negative_lengths.tolist())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clipscale.config import load_group
-from clipscale.config.model import Activation, Model, Text, TextPool
+from clipscale.config.model import Activation, Model, Pool, Text, TextPool
+from clipscale.errors import ConfigError
 from clipscale.models import CLIP, build_model
 from clipscale.models.packing import Packing
 from clipscale.models.text import TextTower
@@ -282,3 +284,41 @@ def test_which_towers_pool_their_last_block(name: str) -> None:
     found = [name for name, module in trunk.named_modules() if isinstance(module, PooledBlock | PatchLinear)]
     depth = len(getattr(trunk, "blocks", ()))
     assert found == (["patch_embed.proj", f"blocks.{depth - 1}"] if depth else [])
+
+
+POOLED = [
+    # timm's name, pool, whether the last block is pooled
+    ("vit_base_patch16_clip_224", None, True),
+    ("vit_base_patch16_clip_224", Pool.token, True),
+    ("vit_base_patch16_clip_224", Pool.avg, False),
+    ("vit_base_patch16_clip_224", Pool.map, False),
+    ("vit_small_patch14_reg4_dinov2", None, True),
+    ("vit_small_patch14_reg4_dinov2", Pool.avg, False),
+    ("vit_small_patch14_reg4_dinov2", Pool.map, False),
+    ("vit_base_patch16_reg4_gap_256", None, False),  # registers, and no class token
+    ("vit_base_patch16_siglip_224", Pool.avg, False),
+]
+
+
+@pytest.mark.parametrize(("name", "pool", "pooled"), POOLED, ids=str)
+def test_towers_pool_as_timms_do(name: str, pool: Pool | None, pooled: bool) -> None:
+    config: Model = load_group("model", "tiny", Model)
+    config.vision = replace(config.vision, timm=name, width=64, layers=2, pool=pool)
+    tower = CLIP(config).visual.double().eval()
+    randomise(tower)
+    options = {} if pool is None else {"global_pool": pool.value}
+    sizes = dict(img_size=64, patch_size=16, embed_dim=64, depth=2, num_heads=4)
+    plain = timm.create_model(name, num_classes=0, **sizes, **options).double().eval()
+    plain.load_state_dict(tower.trunk.state_dict())
+    images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(tower(images), tower.proj(plain(images)), atol=1e-12, rtol=1e-12)
+    assert isinstance(tower.trunk.blocks[-1], PooledBlock) == pooled
+
+
+@pytest.mark.parametrize(("name", "pool"), [("vit_base_patch16_siglip_224", "token"), ("resnet18", "avg")])
+def test_pools_that_timm_does_not_make(name: str, pool: str) -> None:
+    config: Model = load_group("model", "tiny", Model)
+    sizes = {} if name.startswith("vit") else dict(patch_size=None, width=None, layers=None, heads=None)
+    config.vision = replace(config.vision, timm=name, pool=Pool(pool), **sizes)
+    with pytest.raises(ConfigError, match=r"pool\S* null$|model.vision.pool=null$"):
+        CLIP(config)

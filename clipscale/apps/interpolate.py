@@ -1,0 +1,128 @@
+"""``clipscale interpolate``: weights between those of two models (WiSE-FT, Wortsman et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from clipscale.apps.export import LOADING
+from clipscale.checkpoint.export import write_safetensors
+from clipscale.checkpoint.interop import State
+from clipscale.checkpoint.loading import find_checkpoint
+from clipscale.checkpoint.pretrained import BIAS, HEAD, load_pretrained, read_pretrained
+from clipscale.config import Config
+from clipscale.data.io import resolve
+from clipscale.data.tokenizer import build_tokenizer
+from clipscale.distributed.runtime import start
+from clipscale.errors import ClipscaleError, ConfigError
+from clipscale.evals import Classes
+from clipscale.models import CLIP, Classifier, build_model
+from clipscale.trainer.build import build_store, start_head
+
+
+def interpolate(first: str, second: str, alphas: Sequence[float], out: Path, classes: str | None, device: str) -> None:
+    """Write ``(1 - alpha) * first + alpha * second`` as ``clipscale export --to safetensors`` writes a model.
+
+    The ends are what ``init.weights`` takes, and one at least is clipscale's own, for the configuration. One alpha
+    fills ``out``, several a directory ``alpha_…`` in it each. Where one end is a classifier, the other becomes its
+    zero-shot one for the same classes; ``classes`` is their file, where it is not that of the classifier's run. Raises
+    ClipscaleError for ends that do not belong together.
+    """
+    if not alphas or not all(0 <= alpha <= 1 for alpha in alphas):
+        raise ConfigError(f"--alpha {','.join(f'{alpha:g}' for alpha in alphas)}: choose numbers from 0 to 1")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} holds something already; choose a new directory")
+    ends = [(where, _config_of(where)) for where in (first, second)]
+    known = [(where, config) for where, config in ends if config is not None]
+    if not known:
+        raise ConfigError(f"neither {first} nor {second} is clipscale's; train, or evaluate, from one of them first")
+    _check_tokenizers(known)
+    # That of the classifier, or else of the second: what it was trained to is what is kept of the configuration.
+    with_head = [(where, config) for where, config in known if config.model.classes is not None]
+    config = (with_head or known)[-1][1]
+    model = build_model(config.model, logit_bias=config.loss.first_bias)
+    one, other = (_read(model, where, its, config, classes, device) for where, its in ends)
+    for alpha in alphas:
+        place = out if len(alphas) == 1 else out / f"alpha_{alpha:g}"
+        model.load_state_dict({name: _between(tensor, other[name], alpha) for name, tensor in one.items()})
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            write_safetensors(model, config, place)
+            (place / "README.md").write_text(_card(config, alpha, first, second, place))
+        except OSError as error:
+            raise ClipscaleError(f"--out {place} cannot be written: {error.strerror}") from None
+        print(f"{place}: {1 - alpha:g} of {first}, {alpha:g} of {second}")
+
+
+def _between(one: torch.Tensor, other: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Each end itself is the same bits; what is counted, not weighed, is the nearer end's."""
+    if alpha in (0, 1) or not one.is_floating_point():
+        return other if alpha >= 0.5 else one
+    return torch.lerp(one, other, alpha)
+
+
+def _config_of(where: str) -> Config | None:
+    try:
+        return find_checkpoint(Path(where))[1]
+    except ClipscaleError:
+        return None  # of another library, or nothing: reading it will tell
+
+
+def _check_tokenizers(known: Sequence[tuple[str, Config]]) -> None:
+    read = [(where, build_tokenizer(config.tokenizer, config.model)) for where, config in known]
+    (where, first), (other, last) = read[0], read[-1]
+    if (first.name, first.vocab_size) != (last.name, last.vocab_size):
+        raise ConfigError(
+            f"{where} reads the tokens of {first.name}, {other} those of {last.name}: nothing lies between them"
+        )
+
+
+def _read(model: CLIP, where: str, its: Config | None, config: Config, classes: str | None, device: str) -> State:
+    """The weights of one end in the names and shapes of ``model``, copied."""
+    try:
+        found = read_pretrained(where)
+        # Of a classifier, it is the same for all classes, and so none.
+        if (BIAS in found.state) != (BIAS in model.state_dict()) and not isinstance(model, Classifier):
+            raise ClipscaleError(f"{where}: one end has a bias on its logits, and the other has none")
+        load_pretrained(model, found)
+    except ClipscaleError as error:
+        raise ClipscaleError(str(error).replace(f"init.weights={where}", where)) from None
+    if isinstance(model, Classifier):
+        _read_head(model, found.state, where, its, config, classes, device)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _read_head(
+    model: Classifier, state: State, where: str, its: Config | None, config: Config, classes: str | None, device: str
+) -> None:
+    """The head of a classifier, or the one that the towers of another model have without training."""
+    if its is not None and its.model.classes is not None:
+        if its.model.classes != config.model.classes:
+            raise ConfigError(f"{where} tells other classes apart than the other end: their heads do not mix")
+        model.head.load_state_dict({name.removeprefix(HEAD): t for name, t in state.items() if name.startswith(HEAD)})
+        return
+    file = classes or config.data.zeroshot.classes
+    if file is None:
+        raise ConfigError(f"{where} has no head: name the prompts of its classes, --classes FILE.json")
+    named = Classes.load(build_store(config), file if classes else resolve(file, config.data.root))
+    named.agree(model.config.classes or ())
+    runtime = start(device, config.distributed.timeout_s)
+    start_head(config, model.to(runtime.device), named, build_tokenizer(config.tokenizer, config.model), runtime.device)
+    model.cpu()
+
+
+def _card(config: Config, alpha: float, first: str, second: str, out: Path) -> str:
+    return f"""\
+# {config.model.name}, between two models
+
+{1 - alpha:g} of the weights of `{_named(first)}` and {alpha:g} of those of `{_named(second)}`.
+
+```python
+{LOADING["safetensors"].replace("OUT", out.resolve().name)}```
+"""
+
+
+def _named(where: str) -> str:
+    return where if where.startswith(("open_clip:", "hf:")) else Path(where).resolve().name
