@@ -115,18 +115,21 @@ def open_clip_siglip(config: Model, **of_vision: Any) -> Any:
     return model
 
 
-def hf_siglip(config: Model) -> Any:
+def hf_siglip(config: Model, layers: int = 3) -> Any:
     """Hugging Face's SiglipModel of the sizes of ours, with scrambled weights."""
     transformers = pytest.importorskip("transformers")
     text, image = config.text, TIMM_ACTIVATIONS[config.activation].replace("gelu_tanh", "gelu_pytorch_tanh")
-    sizes = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4)
+    width = config.embed_dim
+    sizes = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=text.heads)
     there = transformers.SiglipConfig(
         text_config=dict(
             **sizes, vocab_size=text.vocab_size, num_hidden_layers=text.layers,
             max_position_embeddings=config.context_length, projection_size=config.embed_dim, hidden_act=image,
             bos_token_id=0, eos_token_id=text.eot_id, pad_token_id=text.pad_id,
         ),
-        vision_config=dict(**sizes, num_hidden_layers=3, image_size=64, patch_size=16, hidden_act=image),
+        vision_config=dict(
+            **sizes, num_hidden_layers=layers, image_size=config.vision.image_size, patch_size=16, hidden_act=image,
+        ),
     )  # fmt: skip
     model = transformers.SiglipModel(there).eval()
     with torch.no_grad():

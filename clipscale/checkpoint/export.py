@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from clipscale.checkpoint.interop import State, is_clip_resnet, is_clip_vit, is_siglip, to_hf, to_open_clip
 from clipscale.checkpoint.loading import EXPORTED
 from clipscale.checkpoint.onnx import write_graphs
-from clipscale.checkpoint.pretrained import HF_ACTIVATIONS, HF_CONFIG, HF_IMAGES, OPEN_CLIP_CONFIG, tell
+from clipscale.checkpoint.pretrained import HF_CONFIG, HF_IMAGES, OPEN_CLIP_CONFIG
+from clipscale.checkpoint.told import HF_ACTIVATIONS, tell
 from clipscale.config import Config, save_config
 from clipscale.config.data import Builtin, Data
 from clipscale.config.data import Tokenizer as TokenizerConfig
@@ -34,12 +35,12 @@ START, END = "<|startoftext|>", "<|endoftext|>"  # as Hugging Face writes the to
 def write_open_clip(model: CLIP, tokenizer: Tokenizer, out: Path) -> None:
     """Files that ``open_clip.create_model_and_transforms("local-dir:OUT")`` loads.
 
-    Raises ClipscaleError for what open_clip cannot be told: another tokenizer, a changed timm ViT, or a text tower that
-    is pooled as none of open_clip's.
+    Raises ClipscaleError for what open_clip cannot be told: a changed timm ViT, or a text tower that is pooled as none
+    of open_clip's, or sees another padding than the tokenizer's.
     """
     config, state = model.config, model.state_dict()
-    _only_byte_pairs(tokenizer)
-    vision, text = _open_clip_vision(model), _open_clip_text(config)
+    vision, text = _open_clip_vision(model), _open_clip_text(config, tokenizer)
+    text |= tokenizer.write_for_open_clip(out)
     content: dict[str, Any] = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
     if text_activation(config) is Activation.quickgelu:
         content["quick_gelu"] = True
@@ -58,10 +59,10 @@ def write_open_clip(model: CLIP, tokenizer: Tokenizer, out: Path) -> None:
     _write_json({"model_cfg": content, "preprocess_cfg": images}, out / OPEN_CLIP_CONFIG)
 
 
-def _open_clip_text(config: Model) -> dict[str, Any]:
+def _open_clip_text(config: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     text = config.text
-    # open_clip's towers see the padding, which its tokenizer makes of zeros.
-    last = text.pad_to_context and text.pad_id == 0
+    # open_clip's towers see the padding that its tokenizer makes.
+    last = text.pad_to_context and text.pad_id == tokenizer.pad_id
     if text.pool is not TextPool.last or not (last or (text.causal and not text.pad_to_context)):
         raise ClipscaleError(
             f"open_clip has no text tower with model.text.pool={text.pool.value}, causal={text.causal}, "
@@ -77,7 +78,9 @@ def _open_clip_text(config: Model) -> dict[str, Any]:
         norm_kwargs={"eps": text.norm_eps},
         no_causal_mask=not text.causal,
         proj_bias=text.proj_bias,
-        pool_type="last" if last else "argmax",
+        # The end of a caption is the largest id of CLIP's.
+        pool_type="last" if last else "argmax" if tokenizer.is_bpe else "eos",
+        eos_id=text.eot_id,
     )
     return told | _tanh(text_activation(config))
 
@@ -153,36 +156,39 @@ def write_hf(model: CLIP, tokenizer: Tokenizer, out: Path) -> None:
         raise ClipscaleError(
             "CLIPImageProcessor cannot add white (model.vision.resize_mode=longest); use --to open_clip"
         )
-    trunk = model.visual.trunk
     kind, name = ("siglip", "SiglipModel") if siglip else ("clip", "CLIPModel")
-    text = dict(
-        model_type=f"{kind}_text_model", hidden_size=config.text.width, num_hidden_layers=config.text.layers,
-        intermediate_size=int(config.text.width * config.text.mlp_ratio), num_attention_heads=config.text.heads,
-        max_position_embeddings=config.context_length, vocab_size=config.text.vocab_size,
-        hidden_act=HF_ACTIVATIONS[text_activation(config).value], layer_norm_eps=config.text.norm_eps,
-        bos_token_id=tokenizer.eot_id - 1, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.eot_id,
-        **{"projection_size" if siglip else "projection_dim": config.embed_dim},
-    )  # fmt: skip
-    vision = dict(
-        model_type=f"{kind}_vision_model",
-        hidden_size=trunk.embed_dim,
-        num_hidden_layers=len(trunk.blocks),
-        intermediate_size=trunk.blocks[0].mlp.fc1.out_features,
-        num_attention_heads=tell(model)["vision.heads"],
-        image_size=config.vision.image_size,
-        patch_size=trunk.patch_embed.patch_size[0],
-        hidden_act=HF_ACTIVATIONS[config.activation.value],
-        layer_norm_eps=trunk.norm.eps,
-    )
-    content: dict[str, Any] = dict(
-        architectures=[name], model_type=kind, dtype="float32", text_config=text, vision_config=vision
-    )
-    if not siglip:
-        vision["projection_dim"] = content["projection_dim"] = config.embed_dim
+    text, vision = _hf_text(config, tokenizer), _hf_vision(model)
+    content = dict(
+        architectures=[name], model_type=kind, dtype="float32",
+        text_config={"model_type": f"{kind}_text_model", **text},
+        vision_config={"model_type": f"{kind}_vision_model", **vision},
+    ) | ({} if siglip else {"projection_dim": config.embed_dim})  # fmt: skip
     _write_weights(state, out / EXPORTED)
     _write_json(content, out / HF_CONFIG)
     _write_json(_hf_images(config), out / HF_IMAGES)
     _write_byte_pairs(config.context_length, out)
+
+
+def _hf_text(config: Model, tokenizer: Tokenizer) -> dict[str, Any]:
+    text, end = config.text, tokenizer.eot_id
+    return dict(
+        hidden_size=text.width, num_hidden_layers=text.layers, intermediate_size=int(text.width * text.mlp_ratio),
+        num_attention_heads=text.heads, max_position_embeddings=config.context_length, vocab_size=text.vocab_size,
+        hidden_act=HF_ACTIVATIONS[text_activation(config).value], layer_norm_eps=text.norm_eps,
+        bos_token_id=end - 1, eos_token_id=end, pad_token_id=end,
+        **{"projection_dim" if text.causal else "projection_size": config.embed_dim},
+    )  # fmt: skip
+
+
+def _hf_vision(model: CLIP) -> dict[str, Any]:
+    config, trunk = model.config, model.visual.trunk
+    return dict(
+        hidden_size=trunk.embed_dim, num_hidden_layers=len(trunk.blocks),
+        intermediate_size=trunk.blocks[0].mlp.fc1.out_features, num_attention_heads=tell(model)["vision.heads"],
+        image_size=config.vision.image_size, patch_size=trunk.patch_embed.patch_size[0],
+        hidden_act=HF_ACTIVATIONS[config.activation.value], layer_norm_eps=trunk.norm.eps,
+        **({"projection_dim": config.embed_dim} if config.text.causal else {}),
+    )  # fmt: skip
 
 
 def _check_hf_text(config: Model, tokenizer: Tokenizer, siglip: bool) -> None:

@@ -18,20 +18,18 @@ from safetensors.torch import load_file
 from clipscale.checkpoint.interop import OPENAI_EXTRAS, State, from_hf, from_open_clip
 from clipscale.checkpoint.loading import load_model
 from clipscale.checkpoint.positions import fit_positions
+from clipscale.checkpoint.told import activation_of, tell, told_by_hf, told_by_open_clip
 from clipscale.config import config_dir, load_group
 from clipscale.config.hub import fetch, unavailable
-from clipscale.config.model import Activation, Model, TextPool, text_activation
+from clipscale.config.model import Activation, Model
 from clipscale.errors import ClipscaleError, ConfigError
 from clipscale.models import CLIP
 from clipscale.models.hf import HFTextTower, hf_class, quiet_transformers, text_part
-from clipscale.models.vision import trunk_activation
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 HF_CONFIG = "config.json"
 HF_IMAGES = "preprocessor_config.json"
 BIAS, HEAD = "temperature.logit_bias", "head."
-# Our activations, as Hugging Face calls them.
-HF_ACTIVATIONS = {"gelu": "gelu", "quickgelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 @dataclass(frozen=True)
@@ -177,33 +175,6 @@ def _short(value: Any) -> str:
     return str(value).replace(" ", "")
 
 
-def tell(model: CLIP) -> dict[str, Any]:
-    """What the weights of ``model`` do not show: values of ``model.*`` keys, without that prefix."""
-    config, text = model.config, model.config.text
-    told: dict[str, Any] = {
-        "activation": config.activation.value,
-        "mean": list(config.mean),
-        "std": list(config.std),
-    }
-    if isinstance(model.text, HFTextTower):
-        told["text.hf_pool"] = model.text.pool.value
-    else:
-        told |= {
-            "text.heads": text.heads,
-            "text.activation": text_activation(config).value,
-            "text.causal": text.causal,
-            "text.pool": text.pool.value,
-            "text.pad_to_context": text.pad_to_context,
-            "text.norm_eps": text.norm_eps,
-        }
-        if text.pad_to_context:
-            told["text.pad_id"] = text.pad_id
-    blocks = getattr(model.visual.trunk, "blocks", None)
-    if blocks is not None and hasattr(blocks[0], "attn"):
-        told["vision.heads"] = blocks[0].attn.num_heads
-    return told
-
-
 # ---- sources --------------------------------------------------------------------------------------------------------
 
 
@@ -227,18 +198,8 @@ def _open_clip(where: str) -> Pretrained:
         logging.disable(logging.NOTSET)
     config = open_clip.get_model_config(name)
     config["quick_gelu"] = activation_of(name, tag) == Activation.quickgelu.value
-    told = _told_by_open_clip({"model_cfg": config, "preprocess_cfg": model.visual.preprocess_cfg})
+    told = told_by_open_clip({"model_cfg": config, "preprocess_cfg": model.visual.preprocess_cfg})
     return Pretrained(where, from_open_clip(model.state_dict()), told)
-
-
-def activation_of(name: str, tag: str) -> str:
-    """What open_clip's weights ``tag`` of the model ``name`` were trained with.
-
-    The tag tells it: open_clip also puts OpenAI's weights into its model of another activation, with a warning.
-    """
-    from open_clip import get_pretrained_cfg
-
-    return _open_clip_activation({}, bool(get_pretrained_cfg(name, tag).get("quick_gelu")))
 
 
 def _download(name: str) -> Path:
@@ -253,82 +214,15 @@ def _directory(where: str, path: Path) -> Pretrained:
     """An exported directory of open_clip or Hugging Face, or what clipscale wrote."""
     if (path / OPEN_CLIP_CONFIG).exists():
         config = _read_json(path / OPEN_CLIP_CONFIG)
-        return Pretrained(where, from_open_clip(_read_weights(path, "open_clip_")), _told_by_open_clip(config))
+        return Pretrained(where, from_open_clip(_read_weights(path, "open_clip_")), told_by_open_clip(config))
     if (path / HF_CONFIG).exists():
-        told = _told_by_hf(_read_json(path / HF_CONFIG))
+        told = told_by_hf(_read_json(path / HF_CONFIG))
         if (path / HF_IMAGES).exists():
             images = _read_json(path / HF_IMAGES)
-            told |= {"mean": images.get("image_mean"), "std": images.get("image_std")}
-        return Pretrained(where, from_hf(_read_weights(path, "")), _known(told))
+            told |= {key: images[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in images}
+        return Pretrained(where, from_hf(_read_weights(path, "")), told)
     model, _ = load_model(path)
     return Pretrained(where, model.state_dict(), tell(model))
-
-
-def _known(told: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in told.items() if value is not None}
-
-
-def _told_by_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
-    model, images = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
-    text, vision, quick = model.get("text_cfg", {}), model.get("vision_cfg", {}), bool(model.get("quick_gelu"))
-    of_text = _open_clip_activation(text, quick)
-    timm_name = vision.get("timm_model_name")
-    told = {
-        # timm's towers have their own, whatever open_clip says.
-        "activation": (trunk_activation(timm_name) or of_text) if timm_name else _open_clip_activation(vision, quick),
-        "mean": images.get("mean"),
-        "std": images.get("std"),
-        "text.heads": text.get("heads"),
-        "text.activation": of_text,
-        "text.norm_eps": (text.get("norm_kwargs") or {}).get("eps", 1e-5),
-    }
-    return _known(told) | _pool_of_open_clip(text)
-
-
-def _open_clip_activation(tower: Mapping[str, Any], quick: bool) -> str:
-    if quick:
-        return Activation.quickgelu.value
-    approximate = (tower.get("act_kwargs") or {}).get("approximate", "none")
-    return (Activation.gelu_tanh if approximate == "tanh" else Activation.gelu).value
-
-
-def _pool_of_open_clip(text: Mapping[str, Any]) -> dict[str, Any]:
-    """What a text tower of open_clip sees and pools: it attends to padding, and its ``last`` token may be one."""
-    both_ways, pool = bool(text.get("no_causal_mask")), text.get("pool_type", "argmax")
-    if pool not in ("last", "argmax", "eos") or (both_ways and pool != "last"):
-        raise ClipscaleError(
-            f"its text tower is pooled by pool_type={pool}{', no_causal_mask' if both_ways else ''}; clipscale's can "
-            "be by last, or, if causal, by argmax or eos"
-        )
-    return {"text.causal": not both_ways, "text.pool": TextPool.last.value, "text.pad_to_context": pool == "last"}
-
-
-def _told_by_hf(config: Mapping[str, Any]) -> dict[str, Any]:
-    kind = config.get("model_type")
-    if kind not in ("clip", "siglip"):
-        raise ClipscaleError(f"{HF_CONFIG} says model_type={kind}; only clip and siglip can be loaded")
-    text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
-    # Values that Hugging Face leaves out of old files are those of CLIP, or of SigLIP.
-    heads, activation, eps = (8, "quick_gelu", 1e-5) if kind == "clip" else (12, "gelu_pytorch_tanh", 1e-6)
-    if vision.get("layer_norm_eps", eps) != eps:
-        raise ClipscaleError(f"its image tower has layer_norm_eps={vision['layer_norm_eps']}; clipscale's has {eps}")
-    told = {
-        "activation": _activation(vision.get("hidden_act", activation)),
-        "text.activation": _activation(text.get("hidden_act", activation)),
-        "text.heads": text.get("num_attention_heads", heads),
-        "vision.heads": vision.get("num_attention_heads", 12),
-        "text.norm_eps": text.get("layer_norm_eps", eps),
-        "text.causal": kind == "clip",
-        "text.pool": TextPool.last.value,
-        "text.pad_to_context": kind == "siglip",
-    }
-    return told if kind == "clip" else told | {"text.pad_id": text.get("pad_token_id", 1)}
-
-
-def _activation(name: str) -> str:
-    if name not in HF_ACTIVATIONS.values():
-        raise ClipscaleError(f"it has the activation {name}; clipscale's towers have {', '.join(HF_ACTIVATIONS)}")
-    return next(own for own, theirs in HF_ACTIVATIONS.items() if theirs == name)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -84,6 +84,23 @@ class Tokenizer:
         self._impl.tokenizer.save_pretrained(scratch)
         scratch.rename(directory)
 
+    @property
+    def pad_id(self) -> int | None:
+        """The id with which open_clip's own tokenizer fills captions; None if it fills none."""
+        return 0 if self.is_bpe else self._impl.tokenizer.pad_token_id
+
+    def write_for_open_clip(self, directory: Path) -> dict[str, Any]:
+        """Write into ``directory`` what open_clip's ``local-dir:`` finds there, and return what its configuration of a
+        text tower has to say of it; nothing for CLIP's, which open_clip takes by default."""
+        if self.is_bpe:
+            return {}
+        from open_clip.tokenizer import get_clean_fn
+
+        own = getattr(self._impl, "clean_fn", None)
+        cleaning = next((kind for kind in ("lower", "whitespace") if get_clean_fn(kind) is own), "canonicalize")
+        self._impl.tokenizer.save_pretrained(directory)
+        return {"hf_tokenizer_name": self.name, "tokenizer_kwargs": {"clean": cleaning}}
+
     def _cut(self, ids: list[int], choose: Callable[[int, int], Sequence[int]]) -> list[int]:
         starts = self.is_bpe or ids[0] in self._impl.tokenizer.all_special_ids
         start, inner = ids[:starts], ids[starts:-1]

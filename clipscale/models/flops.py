@@ -164,7 +164,8 @@ def render() -> str:
     ]
     for option in sorted(file.stem for file in (config_dir() / "model").glob("*.yaml")):
         model: Model = load_group("model", option, Model)
-        count, cost, needed = parameters(model), flops(model, NOMINAL), flops(model, Execution([TYPICAL]))
+        count, cost = parameters(model), flops(model, NOMINAL)
+        needed = flops(model, Execution([min(TYPICAL, model.context_length)]))
         memory = [
             activations(model, execution, precision).total / MIB
             for precision, execution in (
@@ -183,6 +184,8 @@ def _towers(model: Model, execution: Execution) -> tuple[list[Part], list[Part]]
     most, lengths = model.context_length, execution.lengths or [model.context_length]
     if not all(0 < length <= most for length in lengths):
         raise ConfigError(f"captions of {min(lengths)} to {max(lengths)} tokens do not fit model.context_length={most}")
+    if model.text.pad_to_context:
+        lengths = [most]
     pooled, grouped = execution.pooled_last_block, execution.grouped
     tokens = Tokens.of(rounded(lengths) if grouped else lengths, grouped)
     return vision_parts(model, pooled), text_parts(model, tokens, pooled)

@@ -12,10 +12,10 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from clipscale.config.model import Activation, Model, Pool
+from clipscale.config.model import Activation, ImageProjection, Model, Pool, TextPool, text_activation
 from clipscale.errors import ConfigError
 
-# Width, depth, heads and MLP width of the ViTs that timm calls vit_<size>_patch<p>_clip_<image size>.
+# Width, depth, heads and MLP width of the ViTs that timm calls vit_<size>_patch<p>_clip_<image size>, or siglip.
 VITS = {
     "xsmall": (256, 10, 4, 1024),
     "medium": (512, 12, 8, 2048),
@@ -25,6 +25,8 @@ VITS = {
     "huge": (1280, 32, 16, 5120),
     "giant": (1408, 40, 16, 6144),
     "gigantic": (1664, 48, 16, 8192),
+    "so400m": (1152, 27, 16, 4304),
+    "giantopt": (1536, 40, 16, 6144),
 }
 # Depths of the four stages, and width of the stem (CLIP paper, table 19).
 RESNETS = {
@@ -94,11 +96,20 @@ def text_parts(model: Model, tokens: Tokens, pooled: bool) -> list[Part]:
         raise ConfigError(f"what model.text.hf={text.hf} costs is not known; model.text.hf=null is the tower that is")
     # Of each token its id, in 32 bits, and its position, in 64.
     embedding = Part((text.vocab_size + model.context_length) * text.width, 0, _wide(3 * n))
-    hidden, quick = int(text.width * text.mlp_ratio), model.activation is Activation.quickgelu
-    block = [_block(text.width, hidden, text.heads, tokens, quick, 0.0, last) for last in (False, pooled)]
+    hidden, quick = int(text.width * text.mlp_ratio), text_activation(model) is Activation.quickgelu
+    one = text.pool is TextPool.last
+    block = [_block(text.width, hidden, text.heads, tokens, quick, 0.0, last) for last in (False, pooled and one)]
     # The pooled token alone is normalised; where it lies, and whose it is, takes two 64-bit indices.
     norm = Part(2 * text.width, 0, _wide(text.width + 2 + 4))
-    return [embedding, *block[:1] * (text.layers - 1), block[1], norm, _projection(text.width, model.embed_dim)]
+    if not one:
+        norm = Part(2 * text.width, 0, _wide(n * (text.width + 2) + 2))
+    pool = {
+        TextPool.last: [],
+        TextPool.mean: [Part(0, 0, _wide((n + 2) * text.width + 6))],
+        TextPool.map: [_map_pool(text.width, hidden, text.heads, n, quick)],
+    }[text.pool]
+    projection = _projection(text.width, model.embed_dim, text.proj_bias)
+    return [embedding, *block[:1] * (text.layers - 1), block[1], norm, *pool, projection]
 
 
 def vision_parts(model: Model, pooled: bool) -> list[Part]:
@@ -110,10 +121,16 @@ def vision_parts(model: Model, pooled: bool) -> list[Part]:
             raise ConfigError("model.vision.pool=map: what it costs is not known; known are token and avg")
         _check_size(model, model.vision.patch_size or int(vit[2]))
         return _vit(model, vit[1], model.vision.patch_size or int(vit[2]), pooled)
+    siglip = re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_siglip_\d+", name)
+    if siglip and siglip[1] in VITS:
+        if model.vision.pool not in (None, Pool.map):
+            raise ConfigError(f"model.vision.pool={model.vision.pool.value}: what {name} then costs is not known")
+        _check_size(model, model.vision.patch_size or int(siglip[2]))
+        return _siglip_vit(model, siglip[1], model.vision.patch_size or int(siglip[2]))
     if name in RESNETS or name in CONVNEXTS:
         _check_size(model, 32)
         return _resnet(*RESNETS[name], size, model.embed_dim) if name in RESNETS else _convnext(model)
-    known = [f"vit_{{{','.join(VITS)}}}_patch*_clip_*", *RESNETS, *CONVNEXTS]
+    known = [f"vit_{{{','.join(VITS)}}}_patch*_{{clip,siglip}}_*", *RESNETS, *CONVNEXTS]
     raise ConfigError(f"model.vision.timm={name}: what it costs is not known; known are {', '.join(known)}")
 
 
@@ -135,9 +152,10 @@ def _narrow(count: float) -> Kept:
     return Kept(4 * count, 2 * count)
 
 
-def _projection(width: int, embed_dim: int) -> Part:
-    """Into the shared space, without a bias, and onto the unit sphere there."""
-    return Part(width * embed_dim, 2 * width * embed_dim, _narrow(width) + _wide(embed_dim + 2))
+def _projection(width: int, embed_dim: int, bias: bool = False) -> Part:
+    """Into the shared space, and onto the unit sphere there."""
+    parameters = (width + bias) * embed_dim
+    return Part(parameters, 2 * width * embed_dim, _narrow(width) + _wide(embed_dim + 2))
 
 
 def _block(width: int, hidden: int, heads: int, tokens: Tokens, quick: bool, drop_path: float, pooled: bool) -> Part:
@@ -180,6 +198,31 @@ def _vit(model: Model, size: str, patch: int, pooled: bool) -> list[Part]:
     norm = Part(2 * width, 0, _wide(rows * (width + 2)) + Kept(4 * (rows - 1) * width, 0))
     blocks = [*block[:1] * (layers - 1), block[1]]
     return [patchify, embedding, *blocks, norm, _projection(width, model.embed_dim)]
+
+
+def _siglip_vit(model: Model, size: str, patch: int) -> list[Part]:
+    """All tokens are pooled, by attention; there is no class token, and no norm before the blocks."""
+    vision, (width, layers, heads, hidden) = model.vision, VITS[size]
+    hidden = hidden * (vision.width or width) // width
+    width, layers, heads = vision.width or width, vision.layers or layers, vision.heads or heads
+    n, quick = (vision.image_size // patch) ** 2, model.activation is Activation.quickgelu
+    weights = 3 * patch**2 * width
+    patchify = Part(weights + width + n * width, 2 * n * weights, _narrow(3 * vision.image_size**2))
+    block = _block(width, hidden, heads, Tokens(n, n * n), quick, vision.drop_path, False)
+    norm = Part(2 * width, 0, _wide(n * (width + 2)))
+    last = Part(0, 0, _wide(width + 2))  # onto the unit sphere
+    if vision.proj is ImageProjection.linear:
+        last = _projection(width, model.embed_dim)
+    return [patchify, *[block] * layers, norm, _map_pool(width, hidden, heads, n, quick), last]
+
+
+def _map_pool(width: int, hidden: int, heads: int, n: float, quick: bool) -> Part:
+    """Attention of a probe to n tokens, and an MLP."""
+    d, mlp = width, 2 * width * hidden
+    parameters = d + 4 * d * d + 4 * d + 2 * d + mlp + hidden + d
+    flops = 2 * n * 2 * d * d + 4 * n * d + 2 * (2 * d * d) + 2 * mlp
+    kept = _narrow(n * 3 * d + 3 * d + (3 if quick else 2) * hidden) + _wide(d + 2 + heads)
+    return Part(parameters, flops, kept)
 
 
 def _convolution(inputs: int, outputs: int, kernel: int, positions: int) -> tuple[int, int]:

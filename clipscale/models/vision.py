@@ -64,7 +64,7 @@ def trunk_activation(name: str) -> str | None:
     One of the values of :class:`clipscale.config.model.Activation`.
     """
     with torch.device("meta"):
-        trunk = timm.create_model(name, num_classes=0)
+        trunk: Any = timm.create_model(name, num_classes=0)
     if not isinstance(trunk, VisionTransformer):
         return None
     first: Any = trunk.blocks[0]

@@ -20,6 +20,7 @@ from clipscale.config import compose, save_config
 from clipscale.config.rundir import write_result
 from clipscale.errors import ClipscaleError
 from clipscale.models import build_model
+from tests.hf import byte_pieces
 from tests.peers import scramble, vit_small_patch16_siglip_64
 
 SMALL_SIGLIP = vit_small_patch16_siglip_64.__name__  # once imported, timm knows it
@@ -95,6 +96,23 @@ def test_open_clip_loads_it(overrides: list[str], picture: Image.Image, tmp_path
         assert torch.equal(model.logit_bias, kept.temperature.logit_bias[0])
     image = model.encode_image(preprocess(picture)[None], normalize=True)
     assert_close(image, model.encode_text(tokenizer(CAPTIONS), normalize=True), ours(run, picture))
+
+
+@torch.no_grad()
+def test_open_clip_loads_a_tokenizer_with_it(picture: Image.Image, tmp_path: Path) -> None:
+    """SigLIP's, which is one of Hugging Face's, goes into the same directory."""
+    byte_pieces().save_pretrained(tmp_path / "words")
+    ids = ["model.text.vocab_size=80", "model.text.eot_id=2", "model.text.pad_id=1"]
+    run = make_run(tmp_path, *SIGLIP, *ids, "loss=siglip", f"tokenizer.name=hf:{tmp_path / 'words'}")
+    export(run, "open_clip", tmp_path / "out")
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")
+    captions = ["red square", "a red, red  star"]
+    mine, _, own = clipscale.load(run)
+    text = model.eval().encode_text(tokenizer(captions), normalize=True)
+    torch.testing.assert_close(text, mine.encode_text(own(captions), normalize=True), atol=1e-5, rtol=0)
+    with pytest.raises(ClipscaleError, match="is not CLIP's, the only one"):
+        export(run, "hf", tmp_path / "hf")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipscale.config import config_dir, load_group
-from clipscale.config.model import Model
+from clipscale.config.model import Model, TextPool
 from clipscale.config.optim import PrecisionName
 from clipscale.errors import ConfigError
 from clipscale.models import CLIP
@@ -43,6 +43,8 @@ PROFILE = {
     "rn50x16": (149.39, 13.3),
     "rn50x64": (529.11, 23.55),
     "convnext_base": (30.71, 5.96),
+    "siglip_b_16": (35.42, 11.02),
+    "so400m_14": (220.35, 13.19),
 }
 
 
@@ -62,6 +64,8 @@ def inputs(config: Model, lengths: Sequence[int], device: str) -> tuple[torch.Te
     images = torch.empty(len(lengths), 3, size, size, dtype=torch.uint8, device=device)
     ids = torch.ones(sum(lengths), dtype=torch.int32, device=device)
     packing = Packing.of(torch.tensor(lengths), torch.device("cpu"))
+    if config.text.pad_to_context:
+        packing = Packing.filled(torch.tensor(lengths), config.context_length, torch.device("cpu"))
     there = {name: x.to(device) for name, x in vars(packing).items() if isinstance(x, torch.Tensor)}
     return images, ids, replace(packing, **there)
 
@@ -80,7 +84,8 @@ def test_parameters_are_the_models(name: str) -> None:
 @pytest.mark.parametrize("change", [
     ("vit_xsmall_patch16_clip_224", 224), ("vit_betwixt_patch32_clip_224", 224), ("vit_medium_patch32_clip_224", 224),
     ("vit_base_patch32_clip_448", 448), ("resnet50x4_clip", 320), ("convnext_tiny", 256), ("convnext_small", 224),
-    ("convnext_large", 224), ("convnext_xlarge", 224),
+    ("convnext_large", 224), ("convnext_xlarge", 224), ("vit_large_patch16_siglip_384", 384),
+    ("vit_giantopt_patch16_siglip_256", 256),
 ])  # fmt: skip
 def test_other_architectures(change: tuple[str, int]) -> None:
     config = load_group("model", "vit_b_32", Model)
@@ -118,7 +123,7 @@ def counted(
     return counter.get_total_flops() / len(lengths)
 
 
-@pytest.mark.parametrize("name", ["vit_b_32", "vit_b_16", "vit_l_14", "rn50", "convnext_base", "tiny"])
+@pytest.mark.parametrize("name", ["vit_b_32", "vit_b_16", "vit_l_14", "rn50", "convnext_base", "tiny", "siglip_b_16"])
 def test_flops_are_what_torch_counts(name: str) -> None:
     assert flops(config_of(name)).forward == pytest.approx(counted(config_of(name)), rel=1e-3)
 
@@ -206,7 +211,7 @@ def _kept(model: CLIP, images: torch.Tensor, ids: torch.Tensor, packing: Packing
 
 
 @pytest.mark.parametrize("precision", [PrecisionName.fp32, PrecisionName.amp_bf16])
-@pytest.mark.parametrize("name", ["vit_b_32", "vit_b_16", "tiny_quickgelu", "rn50", "convnext_base"])
+@pytest.mark.parametrize("name", ["vit_b_32", "vit_b_16", "tiny_quickgelu", "rn50", "convnext_base", "siglip_b_16"])
 def test_activations_are_what_autograd_keeps(name: str, precision: PrecisionName) -> None:
     config = load_group("model", name, Model)
     ways: list[tuple[str | int, int | None]] = [("none", 0), ("full", None), (2, 2)]
@@ -219,6 +224,17 @@ def test_activations_are_what_autograd_keeps(name: str, precision: PrecisionName
         found = kept_bytes(config, precision is PrecisionName.amp_bf16, partial(recompute, blocks))
         assert (expected.vision, expected.text) == pytest.approx((found["vision"], found["text"]), rel=1e-3), asked
         assert (expected.live > 0) == (asked != "none")
+
+
+@pytest.mark.parametrize("precision", [PrecisionName.fp32, PrecisionName.amp_bf16])
+@pytest.mark.parametrize("pool", list(TextPool), ids=lambda pool: pool.value)
+def test_text_pooled_in_other_ways(pool: TextPool, precision: PrecisionName) -> None:
+    config = load_group("model", "tiny", Model)
+    config.text.pool, config.text.causal, config.text.proj_bias = pool, False, True
+    assert parameters(config).text == sum(p.numel() for p in on_meta(config).text.parameters())
+    assert flops(config).forward == pytest.approx(counted(config), rel=1e-3)
+    found = kept_bytes(config, precision is PrecisionName.amp_bf16, lambda model: None)
+    assert activations(config, Execution(grouped=True), precision).text == pytest.approx(found["text"], rel=3e-3)
 
 
 def test_tensors_without_contents_keep_what_real_ones_do() -> None:

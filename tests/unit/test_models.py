@@ -35,6 +35,8 @@ PARAMETERS = {
     "rn50x16": 290_979_217,
     "rn50x64": 623_258_305,
     "convnext_base": 151_518_849,
+    "siglip_b_16": 203_155_969,  # but for the bias on its logits
+    "so400m_14": 877_360_305,
 }
 MODELS = sorted(file.stem for file in (config_dir() / "model").glob("*.yaml"))
 

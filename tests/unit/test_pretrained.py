@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from clipscale.checkpoint.interop import from_hf, from_open_clip
-from clipscale.checkpoint.pretrained import activation_of, load_pretrained, read_pretrained
+from clipscale.checkpoint.pretrained import load_pretrained, read_pretrained
+from clipscale.checkpoint.told import activation_of
 from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP, build_model
 from tests.peers import hf_model, small

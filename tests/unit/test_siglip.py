@@ -12,6 +12,7 @@ from open_clip.loss import SigLipLoss
 from torch import Tensor
 
 from clipscale.checkpoint.interop import from_hf, from_open_clip, to_hf, to_open_clip
+from clipscale.config import load_group
 from clipscale.config.model import Activation, Model, TextPool
 from clipscale.errors import ClipscaleError
 from clipscale.losses import siglip_loss
@@ -127,6 +128,24 @@ def test_a_step_is_that_of_the_other_library(peer: str, image: Activation, text:
         truth = step(other, images, captions)
         for packed in (True, False):
             assert_same(our_step(ours, images, captions, packed), truth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_step_of_the_real_size_is_that_of_the_other_library(peer: str) -> None:
+    _, step, from_theirs, to_theirs = PEERS[peer]
+    config = load_group("model", "siglip_b_16", Model)
+    if peer == "hf":
+        config.activation = Activation.gelu_tanh
+    other = open_clip_siglip(config) if peer == "open_clip" else hf_siglip(config, layers=12)
+    images, captions = batch(config, [9, 64, 23])
+    truth, state = step(other, images, captions), other.state_dict()
+    del other
+    ours = build_model(config, logit_bias=-10.0).eval()
+    ours.load_state_dict(from_theirs(state))
+    same_state(to_theirs(ours.state_dict()), state)
+    for packed in (True, False):
+        assert_same(our_step(ours, images, captions, packed), truth)
 
 
 def test_captions_of_full_length_need_no_padding() -> None:
