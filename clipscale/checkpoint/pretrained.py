@@ -15,8 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from clipscale.checkpoint.interop import OPENAI_EXTRAS, State, from_hf, from_open_clip
+from clipscale.checkpoint.covered import model_of_open_clip
+from clipscale.checkpoint.interop import OPENAI_EXTRAS, TRUNK, State, from_hf, from_open_clip
 from clipscale.checkpoint.loading import load_model
+from clipscale.checkpoint.trunk import download_timm, of_timm
 from clipscale.config import config_dir, load_group
 from clipscale.config.model import Activation, Model, TextPool, text_activation
 from clipscale.errors import ClipscaleError
@@ -43,7 +45,7 @@ class Pretrained:
 
 
 def read_pretrained(where: str) -> Pretrained:
-    """Read ``open_clip:NAME/TAG``, ``hf:NAME`` or a path, downloading it by those libraries where it is remote.
+    """Read ``open_clip:NAME/TAG``, ``hf:NAME``, ``timm:NAME`` or a path; those libraries download what is remote.
 
     Raises ClipscaleError, in one line, when it is not there, cannot be downloaded, or holds no weights of a CLIP.
     """
@@ -52,6 +54,8 @@ def read_pretrained(where: str) -> Pretrained:
             return _open_clip(where)
         if where.startswith("hf:"):
             return _directory(where, _download(where.removeprefix("hf:")))
+        if where.startswith("timm:"):
+            return _timm(where)
         path = Path(where)
         if path.is_dir():
             return _directory(where, path)
@@ -66,9 +70,12 @@ def load_pretrained(model: CLIP, found: Pretrained) -> None:
     """Copy weights into ``model``, in its own dtype.
 
     A bias on the logits is left out where the model's loss has none (the softmax does not see it), and kept as it is
-    where the weights have none. Raises ClipscaleError that says what differs, and what to choose.
+    where the weights have none. Of an image tower alone, all but that keeps the model's own. Raises ClipscaleError that
+    says what differs, and what to choose.
     """
     state, own = dict(found.state), model.state_dict()
+    if all(name.startswith(TRUNK) for name in state):
+        state = {name: tensor for name, tensor in own.items() if not name.startswith(TRUNK)} | state
     if BIAS not in own:
         state.pop(BIAS, None)
     elif BIAS not in state:
@@ -173,6 +180,8 @@ def _open_clip(where: str) -> Pretrained:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag not in tags:
         raise ClipscaleError(f"open_clip has no weights {tag!r} of {name}; choose from {', '.join(tags) or 'none'}")
+    config = open_clip.get_model_config(name)
+    model_of_open_clip(config)  # refuses what cannot be loaded before it is downloaded
     logging.disable(logging.ERROR)  # open_clip logs what it then raises
     try:
         model = open_clip.create_model(name, pretrained=tag)
@@ -180,7 +189,6 @@ def _open_clip(where: str) -> Pretrained:
         raise _unavailable(error) from None
     finally:
         logging.disable(logging.NOTSET)
-    config = open_clip.get_model_config(name)
     config["quick_gelu"] = activation_of(name, tag) == Activation.quickgelu.value
     told = _told_by_open_clip({"model_cfg": config, "preprocess_cfg": model.visual.preprocess_cfg})
     return Pretrained(where, from_open_clip(model.state_dict()), told)
@@ -194,6 +202,15 @@ def activation_of(name: str, tag: str) -> str:
     from open_clip import get_pretrained_cfg
 
     return _open_clip_activation({}, bool(get_pretrained_cfg(name, tag).get("quick_gelu")))
+
+
+def _timm(where: str) -> Pretrained:
+    try:
+        return Pretrained(where, *of_timm(download_timm(where.removeprefix("timm:"))))
+    except ClipscaleError:
+        raise
+    except Exception as error:
+        raise _unavailable(error) from None
 
 
 def _download(name: str) -> Path:
@@ -324,7 +341,7 @@ def _read_weights(path: Path, prefix: str) -> State:
 def _read_file(path: Path) -> State:
     """A state dict of tensors; a pickle that holds anything else is not executed but refused."""
     if not path.is_file():
-        raise ClipscaleError(f"{path} is no file or directory; give open_clip:NAME/TAG, hf:NAME or a path")
+        raise ClipscaleError(f"{path} is no file or directory; give open_clip:NAME/TAG, hf:NAME, timm:NAME or a path")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

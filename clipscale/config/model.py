@@ -123,9 +123,9 @@ class Init:
     """What a run starts from."""
 
     weights: str | None = fixed(None)
-    """Weights that a new run starts from: `open_clip:NAME/TAG`, `hf:ORGANISATION/NAME`, or a path to a run, a
-    checkpoint, an exported directory, or a `.safetensors` or `.pt` file; null draws them from the seed. Not read again
-    when the run is resumed."""
+    """Weights that a new run starts from: `open_clip:NAME/TAG`, `hf:ORGANISATION/NAME`, `timm:NAME` (of the image tower
+    alone), or a path to a run, a checkpoint, an exported directory, or a `.safetensors` or `.pt` file; null draws them
+    from the seed. Not read again when the run is resumed."""
 
 
 def text_activation(model: Model) -> Activation:
