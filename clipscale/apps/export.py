@@ -164,7 +164,7 @@ def _training(path: Path, config: Config) -> dict[str, Any]:
 
 
 def _start(weights: str) -> str:
-    return weights if weights.startswith(("open_clip:", "hf:")) else "weights of an earlier model"
+    return weights if weights.startswith(("open_clip:", "hf:", "timm:")) else "weights of an earlier model"
 
 
 def _tokenizer(name: str) -> str:

@@ -17,6 +17,8 @@ from clipscale.errors import ClipscaleError
 
 State = dict[str, torch.Tensor]
 
+TRUNK = "visual.trunk."
+
 # What OpenAI's archives hold beside weights.
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
@@ -105,6 +107,23 @@ def to_hf(state: Mapping[str, torch.Tensor]) -> State:
             "another; use open_clip's format"
         )
     return _split(_rename(state, (*_HF, *_HF_CLIP), to_ours=False))
+
+
+def from_timm(state: Mapping[str, torch.Tensor]) -> State:
+    """Weights of a timm model without a classifier: an image tower's, of which nothing is said about texts."""
+    return {f"{TRUNK}{name}": tensor for name, tensor in state.items()}
+
+
+def to_timm(state: Mapping[str, torch.Tensor]) -> State:
+    """The image tower of a clipscale model as timm's model of ``model.vision.timm`` has it, with ``num_classes=0``; for
+    CLIP's ResNets ``num_classes=model.embed_dim``. The projection of other towers is left out.
+
+    Raises ClipscaleError where there is no image tower.
+    """
+    trunk = {name.removeprefix(TRUNK): tensor for name, tensor in state.items() if name.startswith(TRUNK)}
+    if not trunk:
+        raise ClipscaleError(f"there are no weights of an image tower, of names {TRUNK}…, among the {len(state)}")
+    return trunk
 
 
 def is_siglip(state: Mapping[str, torch.Tensor]) -> bool:

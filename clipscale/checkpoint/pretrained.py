@@ -15,10 +15,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from clipscale.checkpoint.interop import OPENAI_EXTRAS, State, from_hf, from_open_clip
+from clipscale.checkpoint.covered import model_of_open_clip
+from clipscale.checkpoint.interop import OPENAI_EXTRAS, TRUNK, State, from_hf, from_open_clip
 from clipscale.checkpoint.loading import load_model
 from clipscale.checkpoint.positions import fit_positions
 from clipscale.checkpoint.told import activation_of, tell, told_by_hf, told_by_open_clip
+from clipscale.checkpoint.trunk import download_timm, of_timm
 from clipscale.config import config_dir, load_group
 from clipscale.config.hub import fetch, unavailable
 from clipscale.config.model import Activation, Model
@@ -49,7 +51,7 @@ class Pretrained:
 
 
 def read_pretrained(where: str) -> Pretrained:
-    """Read ``open_clip:NAME/TAG``, ``hf:NAME`` or a path, downloading it by those libraries where it is remote.
+    """Read ``open_clip:NAME/TAG``, ``hf:NAME``, ``timm:NAME`` or a path; those libraries download what is remote.
 
     Raises ClipscaleError, in one line, when it is not there, cannot be downloaded, or holds no weights of a CLIP.
     """
@@ -58,6 +60,8 @@ def read_pretrained(where: str) -> Pretrained:
             return _open_clip(where)
         if where.startswith("hf:"):
             return _directory(where, _download(where.removeprefix("hf:")))
+        if where.startswith("timm:"):
+            return _timm(where)
         path = Path(where)
         if path.is_dir():
             return _directory(where, path)
@@ -73,10 +77,13 @@ def load_pretrained(model: CLIP, found: Pretrained) -> list[str]:
 
     A bias on the logits is left out where the model's loss has none (the softmax does not see it), and kept as it is
     where the weights have none. Position embeddings of another image size or context length are brought to the model's.
-    A model with a text tower of Hugging Face's takes the image tower alone of weights that have another text tower, and
-    a classifier's head stays the model's own. Raises ClipscaleError that says what else differs, and what to choose.
+    A model with a text tower of Hugging Face's takes the image tower alone of weights that have another text tower, a
+    classifier's head stays the model's own, and so does all but the image tower where the weights are one alone. Raises
+    ClipscaleError that says what else differs, and what to choose.
     """
     state, own = dict(found.state), model.state_dict()
+    if all(name.startswith(TRUNK) for name in state):
+        state = {name: tensor for name, tensor in own.items() if not name.startswith(TRUNK)} | state
     if isinstance(model.text, HFTextTower) and not found.of_hf_text:
         kept = {name: tensor for name, tensor in own.items() if not name.startswith("visual.")}
         state = kept | {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
@@ -189,6 +196,8 @@ def _open_clip(where: str) -> Pretrained:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag not in tags:
         raise ClipscaleError(f"open_clip has no weights {tag!r} of {name}; choose from {', '.join(tags) or 'none'}")
+    config = open_clip.get_model_config(name)
+    model_of_open_clip(config)  # refuses what cannot be loaded before it is downloaded
     logging.disable(logging.ERROR)  # open_clip logs what it then raises
     try:
         model = open_clip.create_model(name, pretrained=tag)
@@ -196,10 +205,18 @@ def _open_clip(where: str) -> Pretrained:
         raise unavailable(error) from None
     finally:
         logging.disable(logging.NOTSET)
-    config = open_clip.get_model_config(name)
     config["quick_gelu"] = activation_of(name, tag) == Activation.quickgelu.value
     told = told_by_open_clip({"model_cfg": config, "preprocess_cfg": model.visual.preprocess_cfg})
     return Pretrained(where, from_open_clip(model.state_dict()), told)
+
+
+def _timm(where: str) -> Pretrained:
+    try:
+        return Pretrained(where, *of_timm(download_timm(where.removeprefix("timm:"))))
+    except ClipscaleError:
+        raise
+    except Exception as error:
+        raise unavailable(error) from None
 
 
 def _download(name: str) -> Path:
@@ -253,7 +270,7 @@ def _read_weights(path: Path, prefix: str) -> State:
 def _read_file(path: Path) -> State:
     """A state dict of tensors; a pickle that holds anything else is not executed but refused."""
     if not path.is_file():
-        raise ClipscaleError(f"{path} is no file or directory; give open_clip:NAME/TAG, hf:NAME or a path")
+        raise ClipscaleError(f"{path} is no file or directory; give open_clip:NAME/TAG, hf:NAME, timm:NAME or a path")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -179,10 +179,10 @@ class Init:
     """What a run starts from."""
 
     weights: str | None = fixed(None)
-    """Weights that a new run starts from: `open_clip:NAME/TAG`, `hf:ORGANISATION/NAME`, or a path to a run, a
-    checkpoint, an exported directory, or a `.safetensors` or `.pt` file; null draws them from the seed. Position
-    embeddings of another image size or context length are brought to the model's. Not read again when the run is
-    resumed."""
+    """Weights that a new run starts from: `open_clip:NAME/TAG`, `hf:ORGANISATION/NAME`, `timm:NAME` (of the image tower
+    alone), or a path to a run, a checkpoint, an exported directory, or a `.safetensors` or `.pt` file; null draws them
+    from the seed. Position embeddings of another image size or context length are brought to the model's. Not read
+    again when the run is resumed."""
     head: HeadStart = fixed(HeadStart.zeroshot)
     """What the head of `loss=cross_entropy` starts from: `zeroshot`, the features of the classes' prompts times the
     temperature, so that the classifier is at first the zero-shot one (WiSE-FT); or `zeros`."""

@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
-from clipscale.checkpoint.interop import from_hf, from_open_clip
-from clipscale.checkpoint.pretrained import load_pretrained, read_pretrained
+from clipscale.checkpoint.interop import from_hf, from_open_clip, to_timm
+from clipscale.checkpoint.pretrained import Pretrained, load_pretrained, read_pretrained
 from clipscale.checkpoint.told import activation_of
+from clipscale.checkpoint.trunk import of_timm
+from clipscale.config import load_group
+from clipscale.config.model import Model
 from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP, build_model
-from tests.peers import hf_model, small
+from tests.peers import hf_model, scramble, small
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +119,7 @@ class Code:
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # which the variable sets at its import
     torch.save({"a": Code()}, tmp_path / "code.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "openai.pt")
@@ -138,6 +142,11 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         "open_clip:ViT-B32/openai": "open_clip has no model ViT-B32",
         "open_clip:ViT-B-32/mine": "no weights 'mine' of ViT-B-32; choose from openai, ",
         "hf:clipscale/no-such-model": "cannot be downloaded here",
+        "open_clip:ViT-B-32/laion2b_s34b_b79k": "cannot be downloaded here",
+        "open_clip:coca_ViT-B-32/laion2b_s13b_b90k": "clipscale's models have no decoder",
+        "timm:vit_tiny_patch16_224.augreg_in21k": "cannot be downloaded here",
+        "timm:vit_tiny_patch16_224.mine": "no weights 'mine' of vit_tiny_patch16_224; choose from ",
+        "timm:vit_mine": "timm has no model vit_mine; near it: ",
     }.items():
         with pytest.raises(ClipscaleError) as caught:
             read_pretrained(str(where))
@@ -149,3 +158,46 @@ def test_open_clips_tags_tell_the_activation() -> None:
     assert activation_of("ViT-B-32", "openai") == "quickgelu", "though the model of this name is not"
     assert activation_of("ViT-B-32-quickgelu", "laion400m_e32") == "quickgelu"
     assert activation_of("ViT-B-32", "laion2b_s34b_b79k") == "gelu"
+
+
+TIMM = {"tiny": ("vit_base_patch16_clip_224", dict(img_size=64, patch_size=16, embed_dim=128, depth=4, num_heads=4))}
+TIMM["rn50"] = ("resnet50_clip", dict(img_size=64, num_classes=128))
+TIMM["convnext_base"] = ("convnext_atto", {})
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_an_image_tower_of_timm(name: str) -> None:
+    """Its classifier is left; the text tower and the projection are those drawn from the seed; and back, bit by bit."""
+    theirs = timm.create_model(TIMM[name][0], **TIMM[name][1])
+    scramble(theirs)
+    ours = small(name)[0]
+    before = {key: tensor.clone() for key, tensor in ours.state_dict().items()}
+    state, _ = of_timm(theirs)
+    load_pretrained(ours, Pretrained("timm:it", state))
+    for key, tensor in ours.state_dict().items():
+        if key.startswith("visual.trunk."):
+            assert torch.equal(tensor, theirs.state_dict()[key.removeprefix("visual.trunk.")]), key
+        else:
+            assert torch.equal(tensor, before[key]), key
+    back = to_timm(ours.state_dict())
+    theirs.load_state_dict(theirs.state_dict() | back)
+    assert back.keys() == {key for key in theirs.state_dict() if name == "rn50" or not key.startswith("head.fc")} - (
+        {"head.weight", "head.bias"}
+    )
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        trunk = theirs.eval() if name == "rn50" else theirs.eval().reset_classifier(0) or theirs
+        torch.testing.assert_close(ours.visual.trunk(images), trunk(images), atol=1e-5, rtol=1e-5)
+
+
+def test_what_timm_tells_of_its_weights() -> None:
+    with torch.device("meta"):
+        told = of_timm(timm.create_model("vit_tiny_patch16_224"))[1]
+    assert told == {"mean": [0.5] * 3, "std": [0.5] * 3, "activation": "gelu", "vision.heads": 3}
+    theirs = timm.create_model(TIMM["tiny"][0] + ".openai", **TIMM["tiny"][1])
+    with pytest.raises(ClipscaleError, match=r"use .*model.mean=\[0.48"):
+        config = load_group("model", "tiny", Model)
+        config.mean = [0.5, 0.5, 0.5]
+        load_pretrained(CLIP(config), Pretrained("timm:it", *of_timm(theirs)))
+    with pytest.raises(ClipscaleError, match=r"init.weights=timm:it is not model=vit_b_32"), torch.device("meta"):
+        load_pretrained(CLIP(load_group("model", "vit_b_32", Model)), Pretrained("timm:it", of_timm(theirs)[0]))

@@ -1,0 +1,113 @@
+"""open_clip's model configurations as clipscale's, or why not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from clipscale.config.model import Activation, ImageProjection, Model, Text, TextPool, Vision
+from clipscale.errors import ClipscaleError
+from clipscale.models.parts import RESNETS, VITS
+from clipscale.models.vision import trunk_activation
+
+# Configuration keys of towers that clipscale's do not have, when they are set, and what they say.
+_VISION = {
+    "attentional_pool": "an image tower pooled by attention of CoCa's kind",
+    "ls_init_value": "layer scale in its image tower",
+    "no_ln_pre": "an image tower without a norm before its blocks",
+    "output_tokens": "an image tower that gives all its tokens",
+}
+_TEXT = {
+    "embed_cls": "a class token of its own in its text tower",
+    "ls_init_value": "layer scale in its text tower",
+    "output_tokens": "a text tower that gives all its tokens",
+}
+
+
+def model_of_open_clip(config: Mapping[str, Any], name: str = "model") -> Model:
+    """The configuration of the model that open_clip makes of ``config``, what its JSON files hold; not how it
+    normalises images.
+
+    Raises ClipscaleError that says what clipscale's towers cannot be.
+    """
+    if "multimodal_cfg" in config:
+        raise ClipscaleError("it writes captions (CoCa): clipscale's models have no decoder")
+    quick = bool(config.get("quick_gelu"))
+    text = _text(config["text_cfg"], quick)
+    vision, activation = _vision(config["vision_cfg"], quick)
+    context = config["text_cfg"].get("context_length", 77)
+    model = Model(name, config["embed_dim"], context, activation, vision, text)
+    if text.activation is activation:
+        text.activation = None
+    return model
+
+
+def _refuse_keys(tower: Mapping[str, Any], refused: Mapping[str, str]) -> None:
+    for key, meaning in refused.items():
+        if tower.get(key) not in (None, False):
+            raise ClipscaleError(f"it has {meaning} ({key}={tower[key]}), which clipscale's do not have")
+
+
+def _of_gelu(tower: Mapping[str, Any], quick: bool) -> Activation:
+    if quick:
+        return Activation.quickgelu
+    tanh = (tower.get("act_kwargs") or {}).get("approximate") == "tanh"
+    return Activation.gelu_tanh if tanh else Activation.gelu
+
+
+def _text(tower: Mapping[str, Any], quick: bool) -> Text:
+    if hf := tower.get("hf_model_name"):
+        raise ClipscaleError(f"its text tower is Hugging Face's {hf}, whose weights open_clip names otherwise")
+    _refuse_keys(tower, _TEXT)
+    both_ways, pool = bool(tower.get("no_causal_mask")), tower.get("pool_type", "argmax")
+    if pool not in ("last", "argmax", "eos") or (both_ways and pool != "last"):
+        raise ClipscaleError(
+            f"its text tower sees captions {'both ways' if both_ways else 'causally'}, padding too, and is pooled by "
+            f"pool_type={pool}; clipscale's by last, or, if causal, by argmax or eos"
+        )
+    if tower.get("proj_type", "linear") != "linear":
+        raise ClipscaleError(f"its text tower has proj_type={tower['proj_type']}; clipscale's has a linear projection")
+    vocabulary = tower.get("vocab_size", 49408)
+    return Text(
+        width=tower.get("width", 512), layers=tower.get("layers", 12), heads=tower.get("heads", 8),
+        mlp_ratio=tower.get("mlp_ratio", 4.0), vocab_size=vocabulary,
+        eot_id=tower["eos_id"] if pool == "eos" else vocabulary - 1, causal=not both_ways, pool=TextPool.last,
+        pad_to_context=pool == "last", proj_bias=bool(tower.get("proj_bias")),
+        norm_eps=(tower.get("norm_kwargs") or {}).get("eps", 1e-5), activation=_of_gelu(tower, quick),
+    )  # fmt: skip
+
+
+def _vision(tower: Mapping[str, Any], quick: bool) -> tuple[Vision, Activation]:
+    size = tower["image_size"]
+    if timm_name := tower.get("timm_model_name"):
+        own = trunk_activation(timm_name)
+        return _of_timm(timm_name, tower), Activation(own) if own else Activation.gelu
+    _refuse_keys(tower, _VISION)
+    width, layers = tower.get("width", 768), tower.get("layers", 12)
+    if isinstance(layers, list):
+        found = [name for name, sizes in RESNETS.items() if sizes == (tuple(layers), width)]
+        if not found:
+            raise ClipscaleError(f"it has a ResNet of layers={layers}, width={width}, which timm does not have")
+        return Vision(timm=found[0], image_size=size), Activation.quickgelu if quick else Activation.gelu
+    hidden = int(width * tower.get("mlp_ratio", 4.0))
+    # Patches, depth and heads can be set; the MLP's width is that of a timm name.
+    kinds = [kind for kind, (own, _, _, mlp) in VITS.items() if (own, mlp) == (width, hidden)]
+    if not kinds and hidden != 4 * width:
+        raise ClipscaleError(f"it has a ViT of width={width} whose MLPs are {hidden} wide, which timm does not have")
+    patch = 14 if kinds and kinds[0] in ("giant", "gigantic") else 16
+    vision = Vision(
+        timm=f"vit_{kinds[0] if patch == 14 else 'base'}_patch{patch}_clip_224", image_size=size,
+        patch_size=tower["patch_size"], width=width, layers=layers, heads=width // tower.get("head_width", 64),
+    )  # fmt: skip
+    return vision, _of_gelu(tower, quick)
+
+
+def _of_timm(name: str, tower: Mapping[str, Any]) -> Vision:
+    proj, pool = tower.get("timm_proj"), tower.get("timm_pool")
+    if proj is None:
+        raise ClipscaleError(f"its image tower {name} projects by its own head; clipscale's by a linear layer or none")
+    if proj not in ("linear", "none"):
+        raise ClipscaleError(f"its image tower {name} has timm_proj={proj}; clipscale's has linear or none")
+    if pool not in ("", None, "map"):
+        raise ClipscaleError(f"its image tower {name} is pooled by timm_pool={pool}; clipscale's as timm makes it")
+    return Vision(timm=name, image_size=tower["image_size"], proj=ImageProjection(proj))
