@@ -21,7 +21,6 @@ from clipscale.config.running import Parallel
 from clipscale.distributed.collectives import world_size
 from clipscale.errors import ConfigError
 from clipscale.models import CLIP
-from clipscale.models.text import TextTower
 from clipscale.parallel.batchnorm import has_batchnorm, recomputing, use_global_batch_statistics
 
 
@@ -59,8 +58,7 @@ def parallelize(model: CLIP, config: Parallel, device: torch.device) -> Parallel
     if config.compile:
         for block in blocks["visual"]:
             block.compile()
-        # Attention within captions of any lengths is one operation there, for our own tower.
-        if device.type == "cuda" and isinstance(model.text, TextTower):
+        if device.type == "cuda":  # attention within captions of any lengths is one operation there
             model.text.compile_blocks()
     if dist.is_initialized():
         return STRATEGIES[config.strategy.value](model, units, device)
