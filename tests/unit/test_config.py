@@ -129,6 +129,7 @@ def test_all_cross_field_mistakes_come_at_once() -> None:
         (["model.embed_dim=0"], "model.embed_dim=0 must be above 0"),
         (["model.vision.patch_size=0"], "model.vision.patch_size=0 must be above 0"),
         (["model.vision.drop_path=1.5"], "model.vision.drop_path"),
+        (["model.vision.patch_dropout=1.0"], "model.vision.patch_dropout"),
         (["schedule.min_lr_ratio=-1"], "schedule.min_lr_ratio"),
         (["schedule.warmup_samples=-5"], "must be 0 or more"),
         (["optim.eps=-1"], "optim.eps"),
