@@ -146,8 +146,15 @@ def compare(model: CLIP, way: str, images: Tensor, captions: Captions, truth: St
     assert_close(found)
 
 
-@pytest.mark.parametrize("way", ["plain", "checkpointed", pytest.param("compiled", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["drawn", "whole"])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("drawn", "checkpointed"),
+        ("whole", "plain"),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("drawn", "plain"), ("whole", "checkpointed"))),
+        *(pytest.param(kind, "compiled", marks=pytest.mark.slow) for kind in ("drawn", "whole")),
+    ],
+)
 @pytest.mark.parametrize("name", SMALL)
 def test_small_towers_have_open_clips_gradients(name: str, kind: str, way: str) -> None:
     model, other = small(name)
