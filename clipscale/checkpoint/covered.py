@@ -80,8 +80,9 @@ def _text(tower: Mapping[str, Any], quick: bool) -> Text:
 def _vision(tower: Mapping[str, Any], quick: bool) -> tuple[Vision, Activation]:
     size = tower["image_size"]
     if timm_name := tower.get("timm_model_name"):
+        trunk = _of_timm(timm_name, tower)
         own = trunk_activation(timm_name)
-        return _of_timm(timm_name, tower), Activation(own) if own else Activation.gelu
+        return trunk, Activation(own) if own else Activation.gelu
     _refuse_keys(tower, _VISION)
     width, layers = tower.get("width", 768), tower.get("layers", 12)
     if isinstance(layers, list):
@@ -104,6 +105,8 @@ def _vision(tower: Mapping[str, Any], quick: bool) -> tuple[Vision, Activation]:
 
 def _of_timm(name: str, tower: Mapping[str, Any]) -> Vision:
     proj, pool = tower.get("timm_proj"), tower.get("timm_pool")
+    if name.startswith("vit_relpos_"):  # of no named activation, which clipscale gives to all of timm's vit_*
+        raise ClipscaleError(f"its image tower {name} has relative positions; clipscale's have absolute ones")
     if proj is None:
         raise ClipscaleError(f"its image tower {name} projects by its own head; clipscale's by a linear layer or none")
     if proj not in ("linear", "none"):
