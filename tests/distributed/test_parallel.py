@@ -10,7 +10,7 @@ import torch
 
 from clipscale.checkpoint import Checkpointer, Saved
 from clipscale.config import compose
-from clipscale.config.model import Model
+from clipscale.config.model import ImageProjection, Model, TextPool
 from clipscale.config.schema import Config
 from clipscale.data.loader import Batch
 from clipscale.distributed.collectives import rank, whole, world_size
@@ -30,7 +30,10 @@ def small(name: str) -> Model:
     model = config.model
     model.text.vocab_size, model.text.eot_id, model.text.layers, model.vision.layers = 64, 63, 2, 2
     model.vision.image_size = 32
-    if name != "vit":
+    if name == "siglip":  # all tokens seen both ways, pooled by attention, in both towers
+        model.vision.timm, model.vision.proj = "vit_base_patch16_siglip_224", ImageProjection.none
+        model.text.causal, model.text.pool, model.text.proj_bias = False, TextPool.map, True
+    elif name != "vit":
         model.vision.timm = name
         model.vision.patch_size = model.vision.width = model.vision.layers = model.vision.heads = None
     return model
@@ -111,8 +114,8 @@ TABLE = [
     # overrides, image tower, bound
     (["parallel=ddp"], "vit", 1e-5),
     (["parallel=fsdp"], "vit", 1e-5),
-    (["parallel=ddp", "loss=siglip"], "vit", 1e-5),
-    (["parallel=fsdp", "loss=siglip"], "vit", 1e-5),
+    (["parallel=ddp", "loss=siglip"], "siglip", 1e-5),
+    (["parallel=fsdp", "loss=siglip"], "siglip", 1e-5),
     (["parallel=ddp", "parallel.activation_checkpointing=full"], "vit", 1e-5),
     (["parallel=fsdp", "parallel.activation_checkpointing=full"], "vit", 1e-5),
     (["parallel=ddp", "precision=amp_bf16"], "vit", 2e-3),
