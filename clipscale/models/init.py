@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers.attention_pool2d import AttentionPool2d
@@ -39,21 +39,22 @@ def initialize(model: CLIP, seed: int) -> None:
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
         tower, _, inner = name.partition(".")
+        owner = modules[name.rpartition(".")[0]]
         drawn: tuple[str, float] | None = None
         if tower == "text" and isinstance(model.text, HFTextTower):
             drawn = ("normal", parameter.shape[1] ** -0.5) if inner.startswith("proj.") else None
         elif tower == "text" and (inner.startswith("attn_pool.") or not model.config.text.causal):
             drawn = _siglip(inner, leaf, parameter)
         elif tower == "text":
-            drawn = _text(inner, leaf, width, layers)
+            drawn = _text(inner, leaf, width, layers, owner)
         elif name == "visual.proj.weight":
             drawn = ("normal", parameter.shape[1] ** -0.5)
         elif inner.startswith("trunk.") and is_vit and pools_by_attention:
             drawn = _siglip(inner.removeprefix("trunk."), leaf, parameter)
         elif inner.startswith("trunk.") and is_vit:
-            drawn = _vit(inner.removeprefix("trunk."), leaf, parameter)
+            drawn = _vit(inner.removeprefix("trunk."), leaf, parameter, owner)
         elif inner.startswith("trunk.") and is_clip_resnet:
-            drawn = _resnet(inner.removeprefix("trunk."), leaf, parameter, modules)
+            drawn = _resnet(inner.removeprefix("trunk."), leaf, parameter, owner)
         if drawn is not None:
             # One 32-bit number of both: torch's CPU generator ignores the upper half of a larger seed.
             _draw(parameter, *drawn, seed=zlib.crc32(f"{seed}:{name}".encode()))
@@ -79,7 +80,7 @@ def _norm_or_none(leaf: str, inner: str) -> tuple[str, float] | None:
     return None
 
 
-def _text(inner: str, leaf: str, width: int, layers: int) -> tuple[str, float]:
+def _text(inner: str, leaf: str, width: int, layers: int, owner: Any) -> tuple[str, float]:
     if inner == "token_embedding.weight":
         return ("normal", 0.02)
     if inner == "positional_embedding":
@@ -95,12 +96,16 @@ def _text(inner: str, leaf: str, width: int, layers: int) -> tuple[str, float]:
     if inner.endswith(("attn.proj.weight", "fc2.weight")):
         return ("normal", width**-0.5 * (2 * layers) ** -0.5)
     if inner.endswith(("fc1.bias", "fc2.bias")):
-        # The reference leaves these to PyTorch: uniform in 1/sqrt(fan in).
-        return ("uniform", (width if "fc1" in inner else 4 * width) ** -0.5)
+        return _left_to_torch(owner)
     return ("constant", 0.0)
 
 
-def _vit(inner: str, leaf: str, parameter: nn.Parameter) -> tuple[str, float] | None:
+def _left_to_torch(linear: nn.Linear) -> tuple[str, float]:
+    """The bias of a layer that the reference leaves as PyTorch draws it: uniform in 1/sqrt(fan in)."""
+    return ("uniform", linear.in_features**-0.5)
+
+
+def _vit(inner: str, leaf: str, parameter: nn.Parameter, owner: Any) -> tuple[str, float] | None:
     width = parameter.shape[-1]
     if inner in ("cls_token", "pos_embed"):
         return ("normal", width**-0.5)
@@ -112,6 +117,8 @@ def _vit(inner: str, leaf: str, parameter: nn.Parameter) -> tuple[str, float] | 
         return ("constant", 0.0)
     if leaf == "weight" and parameter.ndim > 1:  # PyTorch's default for linear and convolution
         return ("uniform", parameter[0].numel() ** -0.5)
+    if inner.endswith(("fc1.bias", "fc2.bias")):
+        return _left_to_torch(owner)
     return None
 
 
@@ -133,11 +140,11 @@ def _siglip(inner: str, leaf: str, parameter: nn.Parameter) -> tuple[str, float]
     return None
 
 
-def _resnet(inner: str, leaf: str, parameter: nn.Parameter, modules: dict[str, nn.Module]) -> tuple[str, float] | None:
+def _resnet(inner: str, leaf: str, parameter: nn.Parameter, owner: Any) -> tuple[str, float] | None:
     if inner == "head.pos_embed":
         return ("normal", parameter.shape[-1] ** -0.5)
     if inner.startswith("head."):
-        return ("normal", parameter.shape[-1] ** -0.5) if leaf == "weight" else None
+        return ("normal", parameter.shape[-1] ** -0.5) if leaf == "weight" else _left_to_torch(owner)
     if ".bn." in inner or inner.startswith("bn"):
         last = inner.endswith("conv3_1x1.bn.weight")  # every residual branch starts as zero
         return ("constant", 0.0 if last or leaf == "bias" else 1.0)

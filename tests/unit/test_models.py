@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import random
 import string
+from typing import Any
 
+import open_clip
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from clipscale.checkpoint.interop import from_open_clip
 from clipscale.config import config_dir, load_group
 from clipscale.config.model import ImageProjection, Model, Text, TextPool
 from clipscale.data import tokenizer as tokenizing
@@ -94,6 +97,31 @@ def test_initialisation_follows_clip(name: str) -> None:
         assert parameters[key].detach().std().item() == pytest.approx(std, rel=0.05), key
     assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
     assert model.logit_scale.shape == (1,)
+
+
+@pytest.mark.parametrize("name", ["tiny", "rn50"])
+def test_initialisation_is_spread_as_open_clips(name: str) -> None:
+    """Every parameter, by its mean and deviation; those of few numbers say little."""
+    ours, config = build_model(name), load_group("model", name, Model)
+    sizes = dict(context_length=config.context_length, vocab_size=49408, width=config.text.width)
+    vision: dict[str, Any] = dict(layers=4, width=128, head_width=32, patch_size=16)
+    if name == "rn50":
+        vision = dict(layers=[3, 4, 6, 3], width=64, patch_size=None)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = open_clip.CLIP(
+            config.embed_dim,
+            dict(image_size=config.vision.image_size, **vision),
+            dict(heads=config.text.heads, layers=config.text.layers, **sizes),
+        )
+    expected, own = from_open_clip(theirs.state_dict()), ours.state_dict()
+    for key, there in expected.items():
+        here, there = own[key].double().flatten(), there.double().flatten()
+        if len(here) < 128:
+            continue
+        # Five standard errors, and for what is uniform or constant too.
+        assert abs(here.std() - there.std()) <= 5 * there.std() / len(here) ** 0.5, key
+        assert abs(here.mean() - there.mean()) <= 7 * there.std() / len(here) ** 0.5, key
 
 
 def siglip() -> Model:
