@@ -58,7 +58,7 @@ def test_every_experiment_composes_and_is_valid(name: str) -> None:
         ("experiment=emojis", "experiment=emojis: no such option; did you mean emoji?"),
         ("optim.lr=abc", "optim.lr: Value 'abc' of type 'str' could not be converted to Float"),
         ("global_batch_size=12.5", "global_batch_size: Value '12.5'"),
-        ("loss.name=foo", "loss.name: Invalid value 'foo', expected one of [clip, siglip]"),
+        ("loss.name=foo", "loss.name: Invalid value 'foo', expected one of [clip, siglip, cross_entropy]"),
         ("+foo=3", "foo: no such key"),
         ("+optim.lrx=3", "optim.lrx: no such key; did you mean optim.lr?"),
         ("a b", "a b"),
