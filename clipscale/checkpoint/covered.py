@@ -105,8 +105,6 @@ def _vision(tower: Mapping[str, Any], quick: bool) -> tuple[Vision, Activation]:
 
 def _of_timm(name: str, tower: Mapping[str, Any]) -> Vision:
     proj, pool = tower.get("timm_proj"), tower.get("timm_pool")
-    if name.startswith("vit_relpos_"):  # of no named activation, which clipscale gives to all of timm's vit_*
-        raise ClipscaleError(f"its image tower {name} has relative positions; clipscale's have absolute ones")
     if proj is None:
         raise ClipscaleError(f"its image tower {name} projects by its own head; clipscale's by a linear layer or none")
     if proj not in ("linear", "none"):

@@ -54,7 +54,7 @@ def loss_memory(
 
     Measured on CPUs; what the kernels take follows from their code.
     """
-    own, columns = pairs + extra, ranks * (pairs + extra)
+    columns = ranks * (pairs + extra)
     most = tile or (CUDA_TILE if cuda else CPU_TILE)
     rows, width = min(most[0], pairs), min(most[1], columns)
     siglip, half = loss == "siglip", feature_bytes < 4
@@ -69,13 +69,7 @@ def loss_memory(
     if siglip or kernels:
         cached = 0
     vectors = 64 * (pairs + columns)
-    scattered = 4 * own * dim if ranks > 1 else 0
-    cast = feature_bytes * dim if half else 0  # per row
-    copy = 4 * columns * dim if ranks > 1 and not cuda else 0  # gloo adds up a copy of all that it scatters
-    returned = scattered + cast * pairs + max(copy, cast * own)
-    if siglip:  # multiplies its gradients, one after the other, by what comes from above
-        multiplied = 0 if half else 4 * pairs * dim
-        returned = scattered + cast * pairs + multiplied + max(copy, (4 * dim + cast) * own)
+    returned = _returned(pairs, pairs + extra, ranks, dim, feature_bytes, siglip=siglip, cuda=cuda)
     working = max(2 * mask, mask + copies)
     kept = cached + vectors
     if siglip:  # its tiles and the texts are gone when the backward pass begins
@@ -84,3 +78,16 @@ def loss_memory(
         peak = gradients + kept + gathered + logits + max(working, returned)
     positives = gathered + 24 * min(pairs, CPU_TILE[0]) * dim  # formed first, in float64, some rows at a time
     return LossMemory(gathered, gradients, logits + working, kept, returned, max(peak, positives))
+
+
+def _returned(pairs: int, own: int, ranks: int, dim: int, feature_bytes: int, *, siglip: bool, cuda: bool) -> int:
+    """Bytes of the gradients that autograd gets of a rank's images and its ``own`` texts."""
+    half = feature_bytes < 4
+    scattered = 4 * own * dim if ranks > 1 else 0
+    cast = feature_bytes * dim if half else 0  # per row
+    copy = 4 * ranks * own * dim if ranks > 1 and not cuda else 0  # gloo adds up a copy of all that it scatters
+    if not siglip:
+        return scattered + cast * pairs + max(copy, cast * own)
+    # Multiplies its gradients, one after the other, by what comes from above.
+    multiplied = 0 if half else 4 * pairs * dim
+    return scattered + cast * pairs + multiplied + max(copy, (4 * dim + cast) * own)

@@ -7,6 +7,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers.attention_pool2d import AttentionPool2d
+from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -15,6 +16,8 @@ from clipscale.errors import ConfigError
 from clipscale.models.drops import Drops
 from clipscale.models.vit import compute_what_counts
 
+# Modules of timm with a vit_* that is no VisionTransformer of its, and takes no name of an activation.
+_OTHER_VITS = ("eva", "vision_transformer_relpos")
 TIMM_ACTIVATIONS = {Activation.gelu: "gelu", Activation.quickgelu: "quick_gelu", Activation.gelu_tanh: "gelu_tanh"}
 
 
@@ -81,7 +84,9 @@ def _build_trunk(config: Model) -> Any:
     is_vit = vision.timm.startswith("vit_")
     options: dict[str, Any] = {"drop_path_rate": vision.drop_path or None}  # some architectures know no such thing
     if is_vit:
-        options |= sizes | {"img_size": vision.image_size, "act_layer": TIMM_ACTIVATIONS[config.activation]}
+        options |= sizes | {"img_size": vision.image_size}
+        if not is_model_in_modules(vision.timm, _OTHER_VITS):
+            options["act_layer"] = TIMM_ACTIVATIONS[config.activation]
     elif any(value is not None for value in sizes.values()):
         raise ConfigError(
             f"model.vision.timm={vision.timm} is no ViT: leave model.vision.{{patch_size,width,layers,heads,pool}} null"

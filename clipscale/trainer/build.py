@@ -178,7 +178,23 @@ def build_loader(
             pin_memory=runtime.device.type == "cuda",
             image_ids=image_ids,
         )
-    vision, jitter, scale = config.model.vision, data.color_jitter, data.crop_scale
+    return TrainLoader(
+        train.order,
+        train.files,
+        positions,
+        rank=runtime.rank,
+        world=runtime.world,
+        global_batch_size=config.global_batch_size,
+        options=_sample_options(config, train.teachers, image_ids),
+        tokenizer=tokenizer,
+        workers=data.workers,
+        pin_memory=runtime.device.type == "cuda",
+    )
+
+
+def _sample_options(config: Config, teachers: tuple[StoredTeacher, ...], image_ids: bool) -> SampleOptions:
+    data, vision = config.data, config.model.vision
+    jitter, scale = data.color_jitter, data.crop_scale
     image = ImageOptions(
         vision.image_size,
         None if scale is None else (scale[0], scale[1]),
@@ -191,30 +207,19 @@ def build_loader(
             data.grayscale_prob,
         ),
     )
-    return TrainLoader(
-        train.order,
-        train.files,
-        positions,
-        rank=runtime.rank,
-        world=runtime.world,
-        global_batch_size=config.global_batch_size,
-        options=SampleOptions(
-            tuple(data.image_keys),
-            data.caption_key,
-            image,
-            config.seed,
-            data.clean_captions,
-            data.long_caption,
-            image_ids,
-            data.negatives_key,
-            data.negatives_per_sample,
-            train.teachers,
-            data.label_key,
-            len(config.model.classes or ()),
-        ),
-        tokenizer=tokenizer,
-        workers=data.workers,
-        pin_memory=runtime.device.type == "cuda",
+    return SampleOptions(
+        tuple(data.image_keys),
+        data.caption_key,
+        image,
+        config.seed,
+        data.clean_captions,
+        data.long_caption,
+        image_ids,
+        data.negatives_key,
+        data.negatives_per_sample,
+        teachers,
+        data.label_key,
+        len(config.model.classes or ()),
     )
 
 

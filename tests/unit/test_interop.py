@@ -149,6 +149,7 @@ def covered(name: str) -> str | None:
     [
         ("ViT-B-32-256", None),
         ("RN50-quickgelu", None),
+        ("vit_relpos_medium_patch16_cls_224", None),
         ("ViT-M-16-alt", "layer scale in its image tower"),
         ("ViT-L-14-CLIPA", "an image tower without a norm before its blocks|pooled by"),
         ("EVA02-B-16", "projects by its own head"),

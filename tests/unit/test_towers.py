@@ -297,6 +297,8 @@ POOLED = [
     ("vit_small_patch14_reg4_dinov2", Pool.map, False),
     ("vit_base_patch16_reg4_gap_256", None, False),  # registers, and no class token
     ("vit_base_patch16_siglip_224", Pool.avg, False),
+    ("vit_small_patch16_dinov3", None, False),  # timm's Eva
+    ("vit_relpos_small_patch16_224", None, False),
 ]
 
 
