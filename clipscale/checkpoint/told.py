@@ -72,6 +72,8 @@ def told_by_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
         "text.activation": of_text,
         "text.norm_eps": (text.get("norm_kwargs") or {}).get("eps", 1e-5),
     }
+    if not timm_name and not isinstance(vision.get("layers"), list):  # of no fixed width of a head, as timm's are
+        told["vision.heads"] = vision.get("width", 768) // vision.get("head_width", 64)
     return {key: value for key, value in told.items() if value is not None} | _pool_of_open_clip(text)
 
 

@@ -72,13 +72,26 @@ def open_clip_directory(path: Path, state: dict[str, torch.Tensor], **config: An
     return path
 
 
+def of_tiny(text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """open_clip's configuration of the model ``tiny``, but for what is given."""
+    return {
+        "embed_dim": 128,
+        "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 128, "layers": 4, "head_width": 32, **(vision or {})},
+        "text_cfg": {"context_length": 32, "width": 128, "heads": 4, "layers": 2, **(text or {})},
+        **more,
+    }
+
+
 def test_what_the_source_tells_is_compared(state: dict[str, torch.Tensor], tiny: CLIP, tmp_path: Path) -> None:
-    path = open_clip_directory(tmp_path, state, model_cfg={"quick_gelu": True, "text_cfg": {"heads": 4}})
+    path = open_clip_directory(tmp_path, state, model_cfg=of_tiny(quick_gelu=True))
     with pytest.raises(ClipscaleError, match=r"trained with activation quickgelu, not gelu; use model=tiny_quickgelu$"):
         load(tiny, path)
     load(build_model("tiny_quickgelu"), path)
-    open_clip_directory(path, state, model_cfg={"text_cfg": {"heads": 2}}, preprocess_cfg={"mean": [0.5, 0.5, 0.5]})
+    open_clip_directory(path, state, model_cfg=of_tiny({"heads": 2}), preprocess_cfg={"mean": [0.5, 0.5, 0.5]})
     with pytest.raises(ClipscaleError, match=r"use model.mean=\[0.5,0.5,0.5\] model.text.heads=2$"):
+        load(tiny, path)
+    open_clip_directory(path, state, model_cfg=of_tiny(vision={"head_width": 64}))
+    with pytest.raises(ClipscaleError, match=r"trained with vision.heads 2, not 4; use model.vision.heads=2$"):
         load(tiny, path)
     torch.save(state | {"input_resolution": torch.tensor(64)}, path / "openai.pt")
     with pytest.raises(ClipscaleError, match="use model=tiny_quickgelu"):
