@@ -73,7 +73,7 @@ def assert_close(image: torch.Tensor, text: torch.Tensor, expected: tuple[torch.
     [
         ["model=tiny_quickgelu", "ema.decay=0.9"],
         ["model=tiny", "loss=siglip", "model.mean=[0.5,0.5,0.5]"],
-        ["model=rn50", "model.vision.image_size=64", *SMALL_TEXT],
+        ["model=rn50", "model.vision.image_size=64", "model.text.activation=quickgelu", *SMALL_TEXT],
         ["model=convnext_base", "model.vision.timm=convnext_atto", "model.vision.image_size=64", *SMALL_TEXT],
         ["model=tiny", "model.text.causal=false", "model.text.pad_to_context=true", "model.activation=gelu_tanh"],
         [*SIGLIP, "loss=siglip", "model.text.pad_id=0", "model.text.activation=gelu_tanh"],
