@@ -26,7 +26,7 @@ from clipscale.config.model import Activation, ImageProjection, Model, ResizeMod
 from clipscale.data.tokenizer import HF, Tokenizer, byte_pairs
 from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP
-from clipscale.models.vision import trunk_activation
+from clipscale.models.vision import trunk_activation, trunk_pool
 
 ONNX_CONFIG = "clipscale.json"
 START, END = "<|startoftext|>", "<|endoftext|>"  # as Hugging Face writes the tokens that open_clip names otherwise
@@ -126,7 +126,7 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
         )
     tower = dict(image_size=vision.image_size, timm_model_name=vision.timm)
     if vision.proj is ImageProjection.none:
-        return tower | dict(timm_pool=getattr(trunk, "global_pool", "avg"), timm_proj="none")
+        return tower | dict(timm_pool=trunk_pool(vision.timm) or "avg", timm_proj="none")
     return tower | dict(timm_pool="", timm_proj="linear")
 
 
@@ -134,9 +134,11 @@ def _is_timms_own(model: CLIP) -> bool:
     """Whether the ViT is the one that timm makes of its name alone."""
     name, prefix = model.config.vision.timm, "visual.trunk."
     with torch.device("meta"):
-        plain = timm.create_model(name, num_classes=0).state_dict()
+        trunk: Any = timm.create_model(name, num_classes=0)
+    plain = trunk.state_dict()
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items() if key.startswith(prefix)}
     same = shapes == {prefix + key: tensor.shape for key, tensor in plain.items()}
+    same = same and trunk.blocks[0].attn.num_heads == tell(model)["vision.heads"]
     return same and trunk_activation(name) == model.config.activation.value
 
 
