@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from clipscale.checkpoint.interop import State, is_clip_resnet, is_clip_vit, is_siglip, to_hf, to_open_clip
-from clipscale.checkpoint.loading import EXPORTED
+from clipscale.checkpoint.loading import EXPORTED, TOKENIZER
 from clipscale.checkpoint.onnx import write_graphs
 from clipscale.checkpoint.pretrained import HF_CONFIG, HF_IMAGES, OPEN_CLIP_CONFIG
 from clipscale.checkpoint.told import HF_ACTIVATIONS, tell
@@ -23,7 +23,7 @@ from clipscale.config.data import Builtin, Data
 from clipscale.config.data import Tokenizer as TokenizerConfig
 from clipscale.config.hub import shareable
 from clipscale.config.model import Activation, ImageProjection, Model, ResizeMode, TextPool, text_activation
-from clipscale.data.tokenizer import HF, Tokenizer, byte_pairs
+from clipscale.data.tokenizer import Tokenizer, byte_pairs, shareable_name
 from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP
 from clipscale.models.vision import trunk_activation, trunk_pool
@@ -229,8 +229,7 @@ def write_safetensors(model: CLIP, config: Config, out: Path) -> None:
     if model_config.text.hf is not None:
         text = replace(model_config.text, hf=shareable(model_config.text.hf))
         model_config = replace(model_config, text=text)
-    if tokenizer.name.startswith(HF):
-        tokenizer = replace(tokenizer, name=HF + shareable(tokenizer.name.removeprefix(HF)))
+    tokenizer = replace(tokenizer, name=shareable_name(tokenizer.name))
     # Data that need no place: an evaluation names its own.
     kept = Config(
         data=Data(builtin=Builtin.synthetic),
@@ -245,8 +244,9 @@ def write_safetensors(model: CLIP, config: Config, out: Path) -> None:
 def write_onnx(model: CLIP, config: Config, out: Path) -> None:
     """``image.onnx`` and ``text.onnx``, and in ``clipscale.json`` what their inputs must be and the temperature.
 
-    Raises as :func:`clipscale.checkpoint.onnx.write_graphs` does.
+    A tokenizer that is not CLIP's goes with them. Raises as :func:`clipscale.checkpoint.onnx.write_graphs` does.
     """
+    tokenizer = _tokenizer(config, "ONNX")  # first: what it cannot be is known in a moment
     differences = write_graphs(model, out)
     scale, bias = (None if value is None else float(value.detach()) for value in model.temperature())
     content = dict(
@@ -255,13 +255,14 @@ def write_onnx(model: CLIP, config: Config, out: Path) -> None:
         image_size=config.model.vision.image_size,
         resize_mode=config.model.vision.resize_mode.value,
         context_length=config.model.context_length,
-        tokenizer=config.tokenizer.name,
+        tokenizer=shareable_name(config.tokenizer.name),
         logit_scale=scale,
         logit_bias=bias,
         largest_difference=differences,
     )
     _write_json(content, out / ONNX_CONFIG)
-    if (tokenizer := _tokenizer(config, "ONNX")).is_bpe:
+    tokenizer.save(out / TOKENIZER)
+    if tokenizer.is_bpe:
         _write_byte_pairs(tokenizer.context_length, out)
 
 
