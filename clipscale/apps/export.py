@@ -15,7 +15,7 @@ from clipscale.config.data import Builtin
 from clipscale.config.hub import shareable
 from clipscale.config.model import model_summary
 from clipscale.config.rundir import read_result
-from clipscale.data.tokenizer import HF
+from clipscale.data.tokenizer import shareable_name
 from clipscale.errors import ClipscaleError, ConfigError
 
 LIBRARY = {"open_clip": "open_clip", "hf": "transformers", "safetensors": "clipscale", "onnx": "onnx"}
@@ -50,6 +50,7 @@ model, preprocess, tokenizer = clipscale.load("OUT")
 """,
     "onnx": """\
 import json
+from pathlib import Path
 
 import numpy
 import onnxruntime
@@ -65,7 +66,7 @@ image_encoder, text_encoder = (onnxruntime.InferenceSession(f"OUT/{name}.onnx") 
 pictures = [Image.new("RGB", (320, 240), "red"), Image.new("RGB", (240, 320), "blue")]
 captions = ["something red", "something blue", "a dog"]
 pixels = [preprocess(picture, told["image_size"], ResizeMode(told["resize_mode"])).numpy() for picture in pictures]
-ids = Tokenizer(told["tokenizer"], told["context_length"])(captions).numpy()
+ids = Tokenizer(told["tokenizer"], told["context_length"], Path("OUT/tokenizer"))(captions).numpy()
 
 # What comes out: unit vectors, Float[B, D].
 [image] = image_encoder.run(None, {"images": numpy.stack(pixels)})
@@ -87,15 +88,28 @@ def export(run: Path, to: str, out: Path) -> None:
         raise ConfigError(f"--out {out} holds something already; choose a new directory")
     path, _ = find_checkpoint(run)
     model, config = load_model(path)
+    made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         WRITERS[to](model, config, out)
         if to == "safetensors" and stored_tokenizer(path).is_dir():
             shutil.copytree(stored_tokenizer(path), out / TOKENIZER)
         (out / "README.md").write_text(model_card(path, config, to, out.resolve().name))
-    except OSError as error:
-        raise ClipscaleError(f"--out {out} cannot be written: {error.strerror}") from None
+    except BaseException as error:
+        _empty(out, made)
+        if isinstance(error, OSError):
+            raise ClipscaleError(f"--out {out} cannot be written: {error.strerror}") from None
+        raise
     print(f"{out}: {config.model.name} for {LIBRARY[to]}; README.md says how to load it")
+
+
+def _empty(out: Path, made: bool) -> None:
+    """Take away what a failed export has left, which would be in the way of the next one."""
+    if made:
+        shutil.rmtree(out, ignore_errors=True)
+    elif out.is_dir():
+        for file in out.iterdir():
+            shutil.rmtree(file, ignore_errors=True) if file.is_dir() else file.unlink()
 
 
 def model_card(path: Path, config: Config, to: str, name: str) -> str:
@@ -157,18 +171,16 @@ def _training(path: Path, config: Config) -> dict[str, Any]:
         "activation": config.model.activation.value,
         "image mean and std": f"{config.model.mean} and {config.model.std}",
         "text tower": "clipscale's transformer" if config.model.text.hf is None else shareable(config.model.text.hf),
-        "tokenizer": _tokenizer(config.tokenizer.name),
+        "tokenizer": shareable_name(config.tokenizer.name),
         "started from": "scratch" if config.init.weights is None else _start(config.init.weights),
         "seed": config.seed,
     }
 
 
 def _start(weights: str) -> str:
-    return weights if weights.startswith(("open_clip:", "hf:", "timm:")) else "weights of an earlier model"
-
-
-def _tokenizer(name: str) -> str:
-    return HF + shareable(name.removeprefix(HF)) if name.startswith(HF) else name
+    return (
+        shareable_name(weights) if weights.startswith(("open_clip:", "hf:", "timm:")) else "weights of an earlier model"
+    )
 
 
 def _data(config: Config) -> str:

@@ -8,20 +8,33 @@ from typing import Any
 from clipscale.config.model import Activation, ImageProjection, Model, Text, TextPool, Vision
 from clipscale.errors import ClipscaleError
 from clipscale.models.parts import RESNETS, VITS
-from clipscale.models.vision import trunk_activation
+from clipscale.models.vision import trunk_activation, trunk_pool
 
+_ATTENTION = {
+    "qk_norm": "norms of queries and keys",
+    "scaled_cosine_attn": "attention by scaled cosines",
+    "scale_heads": "scaled heads",
+    "scale_attn_inner": "a norm before the projection of its attention",
+    "scale_attn": "a norm after its attention",
+    "scale_fc": "a norm inside its MLPs",
+}
 # Configuration keys of towers that clipscale's do not have, when they are set, and what they say.
 _VISION = {
     "attentional_pool": "an image tower pooled by attention of CoCa's kind",
     "ls_init_value": "layer scale in its image tower",
     "no_ln_pre": "an image tower without a norm before its blocks",
     "output_tokens": "an image tower that gives all its tokens",
+    **{key: f"{meaning} in its image tower" for key, meaning in _ATTENTION.items()},
 }
 _TEXT = {
     "embed_cls": "a class token of its own in its text tower",
     "ls_init_value": "layer scale in its text tower",
     "output_tokens": "a text tower that gives all its tokens",
+    **{key: f"{meaning} in its text tower" for key, meaning in _ATTENTION.items()},
 }
+# Values of further keys of an image tower, the only ones that clipscale's has, where they are set.
+_VISION_ALONE = {"pool_type": "tok", "pos_embed_type": "learnable"}
+NORM_EPS = 1e-5  # of timm's vit_*_clip_*
 
 
 def model_of_open_clip(config: Mapping[str, Any], name: str = "model") -> Model:
@@ -30,6 +43,7 @@ def model_of_open_clip(config: Mapping[str, Any], name: str = "model") -> Model:
 
     Raises ClipscaleError that says what clipscale's towers cannot be.
     """
+    _check_parts(config)
     if "multimodal_cfg" in config:
         raise ClipscaleError("it writes captions (CoCa): clipscale's models have no decoder")
     quick = bool(config.get("quick_gelu"))
@@ -40,6 +54,14 @@ def model_of_open_clip(config: Mapping[str, Any], name: str = "model") -> Model:
     if text.activation is activation:
         text.activation = None
     return model
+
+
+def _check_parts(config: Mapping[str, Any]) -> None:
+    for key, inner in (("text_cfg", None), ("vision_cfg", "image_size")):
+        if not isinstance(config.get(key), Mapping) or (inner and inner not in config[key]):
+            raise ClipscaleError(f"its configuration of a model has no {key}{f' with {inner}' if inner else ''}")
+    if "embed_dim" not in config:
+        raise ClipscaleError("its configuration of a model has no embed_dim")
 
 
 def _refuse_keys(tower: Mapping[str, Any], refused: Mapping[str, str]) -> None:
@@ -59,6 +81,8 @@ def _text(tower: Mapping[str, Any], quick: bool) -> Text:
     if hf := tower.get("hf_model_name"):
         raise ClipscaleError(f"its text tower is Hugging Face's {hf}, whose weights open_clip names otherwise")
     _refuse_keys(tower, _TEXT)
+    if other := (tower.get("norm_kwargs") or {}).keys() - {"eps"}:
+        raise ClipscaleError(f"the norms of its text tower have {min(other)}, which clipscale's do not have")
     both_ways, pool = bool(tower.get("no_causal_mask")), tower.get("pool_type", "argmax")
     if pool not in ("last", "argmax", "eos") or (both_ways and pool != "last"):
         raise ClipscaleError(
@@ -84,11 +108,18 @@ def _vision(tower: Mapping[str, Any], quick: bool) -> tuple[Vision, Activation]:
         own = trunk_activation(timm_name)
         return trunk, Activation(own) if own else Activation.gelu
     _refuse_keys(tower, _VISION)
+    for key, only in _VISION_ALONE.items():
+        if tower.get(key, only) != only:
+            raise ClipscaleError(f"its image tower has {key}={tower[key]}; clipscale's of CLIP have {only}")
+    if (norms := tower.get("norm_kwargs") or {}) not in ({}, {"eps": NORM_EPS}):
+        raise ClipscaleError(f"its image tower has norm_kwargs={dict(norms)}; clipscale's of CLIP have eps={NORM_EPS}")
     width, layers = tower.get("width", 768), tower.get("layers", 12)
     if isinstance(layers, list):
         found = [name for name, sizes in RESNETS.items() if sizes == (tuple(layers), width)]
         if not found:
             raise ClipscaleError(f"it has a ResNet of layers={layers}, width={width}, which timm does not have")
+        if tower.get("head_width", 64) != 64:
+            raise ClipscaleError(f"its ResNet has head_width={tower['head_width']}; timm's have 64")
         return Vision(timm=found[0], image_size=size), Activation.quickgelu if quick else Activation.gelu
     hidden = int(width * tower.get("mlp_ratio", 4.0))
     # Patches, depth and heads can be set; the MLP's width is that of a timm name.
@@ -98,17 +129,17 @@ def _vision(tower: Mapping[str, Any], quick: bool) -> tuple[Vision, Activation]:
     patch = 14 if kinds and kinds[0] in ("giant", "gigantic") else 16
     vision = Vision(
         timm=f"vit_{kinds[0] if patch == 14 else 'base'}_patch{patch}_clip_224", image_size=size,
-        patch_size=tower["patch_size"], width=width, layers=layers, heads=width // tower.get("head_width", 64),
+        patch_size=tower.get("patch_size", 16), width=width, layers=layers, heads=width // tower.get("head_width", 64),
     )  # fmt: skip
     return vision, _of_gelu(tower, quick)
 
 
 def _of_timm(name: str, tower: Mapping[str, Any]) -> Vision:
-    proj, pool = tower.get("timm_proj"), tower.get("timm_pool")
+    proj, pool = tower.get("timm_proj", "linear"), tower.get("timm_pool", "avg")
     if proj is None:
         raise ClipscaleError(f"its image tower {name} projects by its own head; clipscale's by a linear layer or none")
     if proj not in ("linear", "none"):
         raise ClipscaleError(f"its image tower {name} has timm_proj={proj}; clipscale's has linear or none")
-    if pool not in ("", None, "map"):
+    if pool not in ("", None, trunk_pool(name)):
         raise ClipscaleError(f"its image tower {name} is pooled by timm_pool={pool}; clipscale's as timm makes it")
     return Vision(timm=name, image_size=tower["image_size"], proj=ImageProjection(proj))

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from clipscale.checkpoint.interop import State, is_clip_resnet, is_clip_vit, is_siglip, to_hf, to_open_clip
-from clipscale.checkpoint.loading import EXPORTED
+from clipscale.checkpoint.loading import EXPORTED, TOKENIZER
 from clipscale.checkpoint.onnx import write_graphs
 from clipscale.checkpoint.pretrained import HF_CONFIG, HF_IMAGES, OPEN_CLIP_CONFIG
 from clipscale.checkpoint.told import HF_ACTIVATIONS, tell
@@ -23,10 +23,10 @@ from clipscale.config.data import Builtin, Data
 from clipscale.config.data import Tokenizer as TokenizerConfig
 from clipscale.config.hub import shareable
 from clipscale.config.model import Activation, ImageProjection, Model, ResizeMode, TextPool, text_activation
-from clipscale.data.tokenizer import HF, Tokenizer, byte_pairs
+from clipscale.data.tokenizer import Tokenizer, byte_pairs, shareable_name
 from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP
-from clipscale.models.vision import trunk_activation
+from clipscale.models.vision import trunk_activation, trunk_pool
 
 ONNX_CONFIG = "clipscale.json"
 START, END = "<|startoftext|>", "<|endoftext|>"  # as Hugging Face writes the tokens that open_clip names otherwise
@@ -126,7 +126,7 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
         )
     tower = dict(image_size=vision.image_size, timm_model_name=vision.timm)
     if vision.proj is ImageProjection.none:
-        return tower | dict(timm_pool=getattr(trunk, "global_pool", "avg"), timm_proj="none")
+        return tower | dict(timm_pool=trunk_pool(vision.timm) or "avg", timm_proj="none")
     return tower | dict(timm_pool="", timm_proj="linear")
 
 
@@ -134,9 +134,11 @@ def _is_timms_own(model: CLIP) -> bool:
     """Whether the ViT is the one that timm makes of its name alone."""
     name, prefix = model.config.vision.timm, "visual.trunk."
     with torch.device("meta"):
-        plain = timm.create_model(name, num_classes=0).state_dict()
+        trunk: Any = timm.create_model(name, num_classes=0)
+    plain = trunk.state_dict()
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items() if key.startswith(prefix)}
     same = shapes == {prefix + key: tensor.shape for key, tensor in plain.items()}
+    same = same and trunk.blocks[0].attn.num_heads == tell(model)["vision.heads"]
     return same and trunk_activation(name) == model.config.activation.value
 
 
@@ -227,8 +229,7 @@ def write_safetensors(model: CLIP, config: Config, out: Path) -> None:
     if model_config.text.hf is not None:
         text = replace(model_config.text, hf=shareable(model_config.text.hf))
         model_config = replace(model_config, text=text)
-    if tokenizer.name.startswith(HF):
-        tokenizer = replace(tokenizer, name=HF + shareable(tokenizer.name.removeprefix(HF)))
+    tokenizer = replace(tokenizer, name=shareable_name(tokenizer.name))
     # Data that need no place: an evaluation names its own.
     kept = Config(
         data=Data(builtin=Builtin.synthetic),
@@ -243,8 +244,9 @@ def write_safetensors(model: CLIP, config: Config, out: Path) -> None:
 def write_onnx(model: CLIP, config: Config, out: Path) -> None:
     """``image.onnx`` and ``text.onnx``, and in ``clipscale.json`` what their inputs must be and the temperature.
 
-    Raises as :func:`clipscale.checkpoint.onnx.write_graphs` does.
+    A tokenizer that is not CLIP's goes with them. Raises as :func:`clipscale.checkpoint.onnx.write_graphs` does.
     """
+    tokenizer = _tokenizer(config, "ONNX")  # first: what it cannot be is known in a moment
     differences = write_graphs(model, out)
     scale, bias = (None if value is None else float(value.detach()) for value in model.temperature())
     content = dict(
@@ -253,13 +255,14 @@ def write_onnx(model: CLIP, config: Config, out: Path) -> None:
         image_size=config.model.vision.image_size,
         resize_mode=config.model.vision.resize_mode.value,
         context_length=config.model.context_length,
-        tokenizer=config.tokenizer.name,
+        tokenizer=shareable_name(config.tokenizer.name),
         logit_scale=scale,
         logit_bias=bias,
         largest_difference=differences,
     )
     _write_json(content, out / ONNX_CONFIG)
-    if (tokenizer := _tokenizer(config, "ONNX")).is_bpe:
+    tokenizer.save(out / TOKENIZER)
+    if tokenizer.is_bpe:
         _write_byte_pairs(tokenizer.context_length, out)
 
 

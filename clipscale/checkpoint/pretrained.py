@@ -231,6 +231,7 @@ def _directory(where: str, path: Path) -> Pretrained:
     """An exported directory of open_clip or Hugging Face, or what clipscale wrote."""
     if (path / OPEN_CLIP_CONFIG).exists():
         config = _read_json(path / OPEN_CLIP_CONFIG)
+        model_of_open_clip(config.get("model_cfg") or {})
         return Pretrained(where, from_open_clip(_read_weights(path, "open_clip_")), told_by_open_clip(config))
     if (path / HF_CONFIG).exists():
         told = told_by_hf(_read_json(path / HF_CONFIG))

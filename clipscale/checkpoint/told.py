@@ -63,15 +63,20 @@ def told_by_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
     text, vision, quick = model.get("text_cfg", {}), model.get("vision_cfg", {}), bool(model.get("quick_gelu"))
     of_text = _open_clip_activation(text, quick)
     timm_name = vision.get("timm_model_name")
+    vit = not timm_name and not isinstance(vision.get("layers"), list)  # CLIP's own
     told = {
-        # timm's towers have their own, whatever open_clip says.
-        "activation": (trunk_activation(timm_name) or of_text) if timm_name else _open_clip_activation(vision, quick),
+        # timm's ViTs have their own, whatever open_clip says; ResNets and timm's others take none.
+        "activation": trunk_activation(timm_name)
+        if timm_name
+        else (_open_clip_activation(vision, quick) if vit else None),
         "mean": images.get("mean"),
         "std": images.get("std"),
         "text.heads": text.get("heads"),
         "text.activation": of_text,
         "text.norm_eps": (text.get("norm_kwargs") or {}).get("eps", 1e-5),
     }
+    if vit:
+        told["vision.heads"] = vision.get("width", 768) // vision.get("head_width", 64)
     return {key: value for key, value in told.items() if value is not None} | _pool_of_open_clip(text)
 
 
@@ -98,7 +103,7 @@ def told_by_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in ("clip", "siglip"):
         raise ClipscaleError(f"config.json says model_type={kind}; only clip and siglip can be loaded")
-    text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
+    text, vision = (_part(config, name) for name in ("text_config", "vision_config"))
     # Values that Hugging Face leaves out of old files are those of CLIP, or of SigLIP.
     heads, activation, eps = (8, "quick_gelu", 1e-5) if kind == "clip" else (12, "gelu_pytorch_tanh", 1e-6)
     if vision.get("layer_norm_eps", eps) != eps:
@@ -114,6 +119,12 @@ def told_by_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         "text.pad_to_context": kind == "siglip",
     }
     return told if kind == "clip" else told | {"text.pad_id": text.get("pad_token_id", 1)}
+
+
+def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A tower's part. Old files of CLIP have it twice, and transformers takes the second, and its own defaults."""
+    older = config.get(f"{name}_dict") if config.get("model_type") == "clip" else None
+    return (config.get(name) or {}) if older is None else older
 
 
 def _activation(name: str) -> str:

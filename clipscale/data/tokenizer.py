@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from clipscale.config.data import Tokenizer as TokenizerConfig
-from clipscale.config.hub import fetch, require_transformers
+from clipscale.config.hub import fetch, require_transformers, shareable
 from clipscale.config.model import Model
 from clipscale.errors import ClipscaleError, ConfigError
 
@@ -100,7 +100,7 @@ class Tokenizer:
         own = getattr(self._impl, "clean_fn", None)
         cleaning = next((kind for kind in ("lower", "whitespace") if get_clean_fn(kind) is own), "canonicalize")
         self._impl.tokenizer.save_pretrained(directory)
-        return {"hf_tokenizer_name": self.name, "tokenizer_kwargs": {"clean": cleaning}}
+        return {"hf_tokenizer_name": shareable_name(self.name), "tokenizer_kwargs": {"clean": cleaning}}
 
     def _cut(self, ids: list[int], choose: Callable[[int, int], Sequence[int]]) -> list[int]:
         starts = self.is_bpe or ids[0] in self._impl.tokenizer.all_special_ids
@@ -141,6 +141,11 @@ class Tokenizer:
             ids, _ = self.encode(caption)
             row[: len(ids)] = torch.from_numpy(ids)
         return out
+
+
+def shareable_name(name: str) -> str:
+    """A tokenizer's name, or one of weights, without the place of a directory that follows ``hf:``."""
+    return HF + shareable(name.removeprefix(HF)) if name.startswith(HF) else name
 
 
 def byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -75,6 +75,21 @@ def trunk_activation(name: str) -> str | None:
     return {"gelutanh": Activation.gelu_tanh, "quickgelu": Activation.quickgelu}.get(kind, Activation.gelu).value
 
 
+def trunk_pool(name: str) -> str | None:
+    """How timm pools its architecture ``name`` where it is told nothing, in timm's words: ``avg``, ``token``, ``map``.
+
+    None where it does not say.
+    """
+    with torch.device("meta"):
+        trunk: Any = timm.create_model(name, num_classes=0)
+    if isinstance(trunk, VisionTransformer):
+        return str(trunk.global_pool)
+    places = (getattr(trunk, "head", None), trunk)
+    return next(
+        (pool.pool_type for place in places if hasattr(pool := getattr(place, "global_pool", None), "pool_type")), None
+    )
+
+
 def _build_trunk(config: Model) -> Any:
     vision = config.vision
     sizes: dict[str, Any] = dict(

@@ -73,7 +73,7 @@ def assert_close(image: torch.Tensor, text: torch.Tensor, expected: tuple[torch.
     [
         ["model=tiny_quickgelu", "ema.decay=0.9"],
         ["model=tiny", "loss=siglip", "model.mean=[0.5,0.5,0.5]"],
-        ["model=rn50", "model.vision.image_size=64", *SMALL_TEXT],
+        ["model=rn50", "model.vision.image_size=64", "model.text.activation=quickgelu", *SMALL_TEXT],
         ["model=convnext_base", "model.vision.timm=convnext_atto", "model.vision.image_size=64", *SMALL_TEXT],
         ["model=tiny", "model.text.causal=false", "model.text.pad_to_context=true", "model.activation=gelu_tanh"],
         [*SIGLIP, "loss=siglip", "model.text.pad_id=0", "model.text.activation=gelu_tanh"],
@@ -102,9 +102,11 @@ def test_open_clip_loads_it(overrides: list[str], picture: Image.Image, tmp_path
 def test_open_clip_loads_a_tokenizer_with_it(picture: Image.Image, tmp_path: Path) -> None:
     """SigLIP's, which is one of Hugging Face's, goes into the same directory."""
     byte_pieces().save_pretrained(tmp_path / "words")
+    place = f"hf:{tmp_path / 'words'}"
     ids = ["model.text.vocab_size=80", "model.text.eot_id=2", "model.text.pad_id=1"]
-    run = make_run(tmp_path, *SIGLIP, *ids, "loss=siglip", f"tokenizer.name=hf:{tmp_path / 'words'}")
+    run = make_run(tmp_path, *SIGLIP, *ids, "loss=siglip", f"tokenizer.name={place}", f"init.weights={place}")
     export(run, "open_clip", tmp_path / "out")
+    assert_private(tmp_path / "out", tmp_path)
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")
     captions = ["red square", "a red, red  star"]
@@ -113,6 +115,17 @@ def test_open_clip_loads_a_tokenizer_with_it(picture: Image.Image, tmp_path: Pat
     torch.testing.assert_close(text, mine.encode_text(own(captions), normalize=True), atol=1e-5, rtol=0)
     with pytest.raises(ClipscaleError, match="is not CLIP's, the only one"):
         export(run, "hf", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists(), "what failed can be tried again"
+    export(run, "safetensors", tmp_path / "own")
+    assert_private(tmp_path / "own", tmp_path)
+
+
+def assert_private(out: Path, place: Path) -> None:
+    """No file says where anything lay."""
+    for file in out.rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert str(place).encode() not in content and b"/secret" not in content, file
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from clipscale.checkpoint.onnx import TextEncoder, draw_inputs, write_graphs
 from clipscale.config.model import TextPool
 from clipscale.errors import ClipscaleError
 from clipscale.models import build_model
+from tests.hf import byte_pieces
 from tests.peers import SMALL, scramble, small
-from tests.unit.test_export import make_run
+from tests.unit.test_export import assert_private, make_run
 from tests.unit.test_towers import LENGTHS, text_tower
 
 BOUND = 1e-4
@@ -54,6 +55,24 @@ def test_its_model_card_loads_it(run: Path, tmp_path: Path, monkeypatch: pytest.
     told = json.loads((tmp_path / "out" / "clipscale.json").read_text())
     assert told["logit_scale"] == pytest.approx(float(scale)) and told["logit_bias"] == pytest.approx(float(bias))
     assert all(difference <= BOUND for difference in told["largest_difference"].values())
+
+
+@torch.no_grad()
+def test_its_tokenizer_goes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card works where the tokenizer's own directory is not."""
+    words = tmp_path / "words"
+    byte_pieces().save_pretrained(words)
+    overrides = ["model.vision.layers=1", "model.text.layers=1", "model.text.eot_id=2", f"tokenizer.name=hf:{words}"]
+    run = make_run(tmp_path, "model=tiny", *overrides)
+    export(run, "onnx", tmp_path / "out")
+    assert_private(tmp_path / "out", tmp_path)
+    model, _, tokenizer = clipscale.load(run)
+    words.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    there: dict[str, object] = {}
+    exec(re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[0], there)
+    text = model.encode_text(tokenizer(["something red", "something blue", "a dog"]), normalize=True)
+    torch.testing.assert_close(torch.as_tensor(there["text"]), text, atol=BOUND, rtol=0)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from transformers import CLIPConfig
 
 from clipscale.checkpoint.interop import from_hf, from_open_clip, to_timm
 from clipscale.checkpoint.pretrained import Pretrained, load_pretrained, read_pretrained
-from clipscale.checkpoint.told import activation_of
+from clipscale.checkpoint.told import activation_of, told_by_hf
 from clipscale.checkpoint.trunk import of_timm
 from clipscale.config import load_group
 from clipscale.config.model import Model
@@ -72,17 +74,70 @@ def open_clip_directory(path: Path, state: dict[str, torch.Tensor], **config: An
     return path
 
 
+def of_tiny(text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """open_clip's configuration of the model ``tiny``, but for what is given."""
+    return {
+        "embed_dim": 128,
+        "vision_cfg": {
+            "image_size": 64,
+            "patch_size": 16,
+            "width": 128,
+            "layers": 4,
+            "head_width": 32,
+            **(vision or {}),
+        },
+        "text_cfg": {"context_length": 32, "width": 128, "heads": 4, "layers": 2, **(text or {})},
+        **more,
+    }
+
+
 def test_what_the_source_tells_is_compared(state: dict[str, torch.Tensor], tiny: CLIP, tmp_path: Path) -> None:
-    path = open_clip_directory(tmp_path, state, model_cfg={"quick_gelu": True, "text_cfg": {"heads": 4}})
+    path = open_clip_directory(tmp_path, state, model_cfg=of_tiny(quick_gelu=True))
     with pytest.raises(ClipscaleError, match=r"trained with activation quickgelu, not gelu; use model=tiny_quickgelu$"):
         load(tiny, path)
     load(build_model("tiny_quickgelu"), path)
-    open_clip_directory(path, state, model_cfg={"text_cfg": {"heads": 2}}, preprocess_cfg={"mean": [0.5, 0.5, 0.5]})
+    open_clip_directory(path, state, model_cfg=of_tiny({"heads": 2}), preprocess_cfg={"mean": [0.5, 0.5, 0.5]})
     with pytest.raises(ClipscaleError, match=r"use model.mean=\[0.5,0.5,0.5\] model.text.heads=2$"):
+        load(tiny, path)
+    open_clip_directory(path, state, model_cfg=of_tiny(vision={"head_width": 64}))
+    with pytest.raises(ClipscaleError, match=r"trained with vision.heads 2, not 4; use model.vision.heads=2$"):
         load(tiny, path)
     torch.save(state | {"input_resolution": torch.tensor(64)}, path / "openai.pt")
     with pytest.raises(ClipscaleError, match="use model=tiny_quickgelu"):
         load(tiny, path / "openai.pt")
+
+
+@pytest.mark.parametrize(
+    ("text", "vision", "reason"),
+    [
+        ({}, {"pool_type": "avg", "final_ln_after_pool": True}, "pool_type=avg; clipscale's of CLIP have tok"),
+        ({}, {"pos_embed_type": "sin_cos_2d"}, "pos_embed_type=sin_cos_2d"),
+        ({}, {"norm_kwargs": {"eps": 1e-6}}, "norm_kwargs={'eps': 1e-06}; clipscale's of CLIP have eps=1e-05"),
+        ({}, {"qk_norm": True}, "norms of queries and keys in its image tower"),
+        ({"scaled_cosine_attn": True}, {}, "attention by scaled cosines in its text tower"),
+        ({"scale_fc": True}, {}, "a norm inside its MLPs in its text tower"),
+        ({"norm_kwargs": {"elementwise_affine": False}}, {}, "norms of its text tower have elementwise_affine"),
+        ({}, {"layers": [3, 4, 6, 3], "width": 64, "head_width": 32}, "head_width=32; timm's have 64"),
+        ({}, {"timm_model_name": "vit_base_patch16_224"}, "timm_pool=avg; clipscale's as timm makes it"),
+    ],
+)
+def test_another_function_of_the_same_names_is_refused(
+    text: dict[str, Any], vision: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": of_tiny(text, vision)}))
+    with pytest.raises(ClipscaleError, match=re.escape(reason)):
+        read_pretrained(str(tmp_path))
+
+
+def test_old_files_say_it_twice() -> None:
+    """transformers takes the part that ends in _dict, and its own defaults of what that leaves out."""
+    config = {"model_type": "clip", "text_config": {"num_attention_heads": 4}, "vision_config": {"hidden_act": "gelu"}}
+    old = config | {"text_config_dict": {"hidden_act": "gelu"}, "vision_config_dict": {"num_attention_heads": 16}}
+    told, expected = told_by_hf(old), CLIPConfig(**old)
+    assert told["text.heads"] == expected.text_config.num_attention_heads == 8
+    assert told["vision.heads"] == expected.vision_config.num_attention_heads == 16
+    assert (told["text.activation"], expected.text_config.hidden_act) == ("gelu", "gelu")
+    assert (told["activation"], expected.vision_config.hidden_act) == ("quickgelu", "quick_gelu")
 
 
 @pytest.mark.parametrize("parts", ["one file", "several"])
