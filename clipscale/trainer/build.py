@@ -234,10 +234,12 @@ def read_classes(config: Config, data: Data, store: ShardStore, runtime: Runtime
 def start_head(config: Config, model: Classifier, classes: Classes, tokenizer: Tokenizer, device: torch.device) -> None:
     """Make a classifier what its towers are without training: its logits are the similarities to the classes' prompts.
 
-    A collective.
+    A collective. The model is left in the mode that it was in.
     """
+    training = model.training
     context = eval_context(config, model.eval(), tokenizer, device)
     weight = classes.embed(context) * whole(model.logit_scale.detach()).exp().cpu()
+    model.train(training)
     fill(model.head.weight, weight)
     fill(model.head.bias, torch.zeros(len(weight)))
 
