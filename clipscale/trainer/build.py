@@ -258,6 +258,11 @@ def start_from(model: CLIP, config: Config, runtime: Runtime) -> tuple[str, list
         tower = model.text
         tower.transformer.load_state_dict(once_per_node(runtime, lambda: read_text_tower(tower, str(name))))
         sources.append(f"{name} (text)")
+    elif isinstance(model.text, HFTextTower) and config.lock.text and found and not found.of_hf_text:
+        raise ConfigError(
+            f"lock.text=true locks weights that nothing has trained: init.weights={weights} has no text tower of "
+            "Hugging Face's; use model.text.hf_pretrained=true, or lock.text=false"
+        )
     if found is not None:
         said = load_pretrained(model, found)
         sources.append(found.where)

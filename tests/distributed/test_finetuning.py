@@ -192,6 +192,8 @@ def test_ends_that_do_not_belong_together_are_refused(pretrained: Path, tuned: P
         (["data.val.shards=val.tar"], "use data.val.shards=null"),
         (["loss.mask_duplicates=text"], "use loss.mask_duplicates=none"),
         (["loss=clip"], "no effect without loss=cross_entropy"),
+        (["lock.image=true", "lock.text=true"], "trains no text tower; use lock.text=false"),
+        (["init.weights=timm:vit_base_patch16_224"], "init.head=zeroshot needs the towers"),
     ],
     ids=str,
 )
