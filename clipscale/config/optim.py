@@ -139,7 +139,7 @@ class Lock:
     as in evaluation."""
     image_unlocked_groups: int = fixed(0)
     """Groups of a locked image tower, from its output on, that are trained all the same: 1 is the projection, 2 the
-    last block too, and so on down to the embedding."""
+    last block too, and so on down to the embedding; 1 is the last block where there is no projection."""
     text: bool = fixed(False)
     """Leave the text tower as it starts, but for its `text_unlocked_groups`."""
     text_unlocked_groups: int = fixed(0)

@@ -35,6 +35,11 @@ def open_run(config: Config, experiment: str, overrides: Sequence[str], world: i
     Raises ConfigError when the configuration cannot be run, when a fixed key differs from what the directory records,
     or when it cannot be written.
     """
+    if config.model.classes is not None:
+        raise ConfigError(
+            "model.classes is recorded by loss=cross_entropy, from data.zeroshot.classes=FILE.json; leave "
+            "model.classes out"
+        )
     validate(config)
     if config.name is None:
         config.name = f"{experiment}-{identity(config)}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from clipscale.config.data import Builtin, Data
-from clipscale.config.model import HeadStart, Text
+from clipscale.config.model import HeadStart, ImageProjection, Text
 from clipscale.config.optim import Loss, LossName
 from clipscale.config.schema import Config
 from clipscale.errors import ConfigError
@@ -72,6 +72,8 @@ def _sizes(config: Config) -> Iterator[str]:
     vision = config.model.vision
     given = {"patch_size": vision.patch_size, "width": vision.width, "layers": vision.layers}
     yield from _positive(**{f"model__vision__{key}": value for key, value in given.items() if value is not None})
+    if config.init.weights == "":
+        yield "init.weights is to be given: init.weights=RUN, or open_clip:NAME/TAG; null starts from the seed alone"
     if config.name == "":
         yield "name='' is no name; null makes one of the configuration"
     if not 0 <= config.seed < 2**63:
@@ -249,22 +251,44 @@ def _training(config: Config) -> Iterator[str]:
 
 
 def _lock(config: Config) -> Iterator[str]:
-    lock = config.lock
+    lock, trained = config.lock, _pretrained(config)
+    classifies = config.loss.name is LossName.cross_entropy
     towers = {"image": (lock.image, lock.image_unlocked_groups), "text": (lock.text, lock.text_unlocked_groups)}
     for tower, (locked, unlocked) in towers.items():
         if unlocked < 0:
             yield f"lock.{tower}_unlocked_groups={unlocked} must be 0 or more"
         elif unlocked and not locked:
             yield f"lock.{tower}_unlocked_groups={unlocked} has no effect without lock.{tower}=true"
-        if locked and config.init.weights is None:
+        if tower == "text" and classifies:
+            continue
+        if locked and not trained[tower]:
             yield f"lock.{tower}=true locks weights that nothing has trained; use init.weights=…, or lock.{tower}=false"
-    if all(locked and not unlocked for locked, unlocked in towers.values()):
+    if classifies and lock.text:
+        yield "lock.text=true has no effect: loss=cross_entropy trains no text tower; use lock.text=false"
+    elif all(locked and not unlocked for locked, unlocked in towers.values()):
         yield "lock.image=true, lock.text=true: nothing is left to train; use lock.text_unlocked_groups=1"
+    # The projection is no part of the trunk that would drop patches.
+    vision = config.model.vision
+    fewest = 1 if vision.proj is ImageProjection.none else 2
+    if lock.image and vision.patch_dropout > 0 and lock.image_unlocked_groups < fewest:
+        yield (
+            f"model.vision.patch_dropout={vision.patch_dropout} has no effect in a locked image tower; use "
+            f"model.vision.patch_dropout=0, or lock.image_unlocked_groups={fewest} or more"
+        )
+
+
+def _pretrained(config: Config) -> dict[str, bool]:
+    """Which tower starts from weights that were trained; what a path holds is known when it is read."""
+    weights, text = config.init.weights, config.model.text
+    of_both = weights is not None and not weights.startswith("timm:")
+    return {"image": weights is not None, "text": of_both or (text.hf is not None and text.hf_pretrained)}
 
 
 def _classifier(config: Config) -> Iterator[str]:
     data, loss = config.data, config.loss
     if loss.name is not LossName.cross_entropy:
+        if config.model.classes is not None:
+            yield "model.classes has no effect without loss=cross_entropy; use model.classes=null"
         if data.label_key is not None:
             yield f"data.label_key={data.label_key} has no effect without loss=cross_entropy"
         return
@@ -288,5 +312,5 @@ def _classifier(config: Config) -> Iterator[str]:
     ):
         if value != off:
             yield f"{key}={value}: loss=cross_entropy compares no pairs; use {key}={'null' if off is None else off}"
-    if config.init.weights is None and config.init.head is HeadStart.zeroshot:
+    if not _pretrained(config)["text"] and config.init.head is HeadStart.zeroshot:
         yield "init.head=zeroshot needs the towers that classify: init.weights=…, or init.head=zeros"

@@ -239,10 +239,12 @@ def read_classes(config: Config, data: Data, store: ShardStore, runtime: Runtime
 def start_head(config: Config, model: Classifier, classes: Classes, tokenizer: Tokenizer, device: torch.device) -> None:
     """Make a classifier what its towers are without training: its logits are the similarities to the classes' prompts.
 
-    A collective.
+    A collective. The model is left in the mode that it was in.
     """
+    training = model.training
     context = eval_context(config, model.eval(), tokenizer, device)
     weight = classes.embed(context) * whole(model.logit_scale.detach()).exp().cpu()
+    model.train(training)
     fill(model.head.weight, weight)
     fill(model.head.bias, torch.zeros(len(weight)))
 
@@ -261,6 +263,11 @@ def start_from(model: CLIP, config: Config, runtime: Runtime) -> tuple[str, list
         tower = model.text
         tower.transformer.load_state_dict(once_per_node(runtime, lambda: read_text_tower(tower, str(name))))
         sources.append(f"{name} (text)")
+    elif isinstance(model.text, HFTextTower) and config.lock.text and found and not found.of_hf_text:
+        raise ConfigError(
+            f"lock.text=true locks weights that nothing has trained: init.weights={weights} has no text tower of "
+            "Hugging Face's; use model.text.hf_pretrained=true, or lock.text=false"
+        )
     if found is not None:
         said = load_pretrained(model, found)
         sources.append(found.where)

@@ -16,11 +16,16 @@ from clipscale.apps.evaluate import evaluate
 from clipscale.apps.interpolate import interpolate
 from clipscale.cli import start
 from clipscale.config import compose, load_config, validate
+from clipscale.config.model import Vision
 from clipscale.config.rundir import open_run
+from clipscale.data.tokenizer import build_tokenizer
 from clipscale.distributed.collectives import rank, world_size
 from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ClipscaleError, ExitCode
+from clipscale.evals import Classes
 from clipscale.models import Classifier, build_model
+from clipscale.parallel.batchnorm import takes_statistics
+from clipscale.trainer.build import start_head
 from clipscale.trainer.trainer import Trainer
 from tests.runs import losses, rows
 from tests.shards import jpeg, write_shard, write_shards
@@ -118,6 +123,17 @@ def test_the_same_steps_on_two_ranks_as_on_one(pool2: Any, recipe: list[str], pr
     assert losses(place(recipe, f"moved-{layout}")) == pytest.approx(undisturbed, rel=1e-4)
 
 
+def test_a_head_leaves_batchnorm_in_training() -> None:
+    """Microbatches are refused by what the step finds in training."""
+    config, _ = compose(SMALL)
+    config.model.vision, config.model.classes = Vision(timm="resnet18", image_size=32), NAMES
+    model = build_model(config.model)
+    assert isinstance(model, Classifier)
+    tokenizer = build_tokenizer(config.tokenizer, config.model)
+    start_head(config, model, Classes(NAMES, ["a {}"], {}), tokenizer, torch.device("cpu"))
+    assert model.head.weight.abs().sum() > 0 and takes_statistics(model)
+
+
 def evaluated(path: Path, recipe: list[str]) -> dict[str, float]:
     data = ["data.zeroshot.shards=val.tar", "data.zeroshot.label_key=cls", "data.zeroshot.classes=classes.json"]
     return evaluate(path, [recipe[-2], *data], "cpu", True)
@@ -176,6 +192,8 @@ def test_ends_that_do_not_belong_together_are_refused(pretrained: Path, tuned: P
         (["data.val.shards=val.tar"], "use data.val.shards=null"),
         (["loss.mask_duplicates=text"], "use loss.mask_duplicates=none"),
         (["loss=clip"], "no effect without loss=cross_entropy"),
+        (["lock.image=true", "lock.text=true"], "trains no text tower; use lock.text=false"),
+        (["init.weights=timm:vit_base_patch16_224"], "init.head=zeroshot needs the towers"),
     ],
     ids=str,
 )

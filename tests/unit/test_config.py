@@ -6,6 +6,7 @@ import ast
 import enum
 import inspect
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from clipscale.parallel import PRECISIONS, STRATEGIES
 OPTIONS = sorted(
     f"{file.parent.name}={file.stem}" for file in config_dir().glob("*/*.yaml") if file.parent.name != "experiment"
 )
+NEEDED = {"clipa_l_16_finetune": ["init.weights=runs/clipa_l_16"]}
 EXPERIMENTS = sorted(file.stem for file in (config_dir() / "experiment").glob("*.yaml"))
 
 
@@ -40,7 +42,7 @@ def test_every_option_composes(option: str) -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_is_valid(name: str) -> None:
-    config, experiment = compose([f"experiment={name}"])
+    config, experiment = compose([f"experiment={name}", *NEEDED.get(name, [])])
     assert experiment == name
     validate(config)
     header = (config_dir() / "experiment" / f"{name}.yaml").read_text().splitlines()
@@ -97,6 +99,54 @@ def test_brace_patterns_need_no_quotes() -> None:
     for off in ("null", "0"):
         config, _ = compose([f"data.val.shards={off}"])
         assert not config.data.val.shards
+
+
+def test_classes_are_recorded_not_typed(tmp_path: Path) -> None:
+    for loss in ("clip", "cross_entropy"):
+        with pytest.raises(ConfigError, match=r"leave model\.classes out") as caught:
+            open_run(*compose([f"loss={loss}", "model.classes=[cat,dog]", f"runs_dir={tmp_path}"]), [])
+        assert "\n" not in str(caught.value)
+
+
+TIMM = "init.weights=timm:vit_base_patch16_224"
+HF_TEXT = ["model.text.hf=a/b", "tokenizer.name=hf:a/b", "lock.text=true"]
+DROPS = ["init.weights=x", "lock.image=true", "model.vision.patch_dropout=0.5"]
+PROBE = [
+    "data=shards", "data.train.shards=a.tar", "loss=cross_entropy", "data.label_key=cls",
+    "data.zeroshot.classes=c.json", "init.weights=x", "lock.image=true",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (HF_TEXT, None),
+        ([*HF_TEXT, TIMM], None),
+        ([*HF_TEXT, "model.text.hf_pretrained=false"], "lock.text=true locks weights that nothing has trained"),
+        ([*HF_TEXT, "model.text.hf_pretrained=false", "init.weights=x"], None),
+        ([TIMM, "lock.text=true"], "lock.text=true locks weights that nothing has trained"),
+        ([TIMM, "lock.image=true"], None),
+        (["lock.image=true"], "lock.image=true locks weights that nothing has trained"),
+        (["init.weights=x", "lock.text=true", "lock.image=true"], "nothing is left to train"),
+        (DROPS, "patch_dropout=0.5 has no effect in a locked image tower"),
+        ([*DROPS, "lock.image_unlocked_groups=1"], "patch_dropout=0.5 has no effect in a locked image tower"),
+        ([*DROPS, "lock.image_unlocked_groups=1", "model.vision.proj=none"], None),
+        ([*DROPS, "lock.image_unlocked_groups=2"], None),
+        (PROBE, None),
+        ([*PROBE, "lock.text=true"], "lock.text=true has no effect"),
+        (["experiment=clipa_l_16_finetune"], "init.weights is to be given: init.weights=RUN"),
+        (["model.classes=[cat,dog]"], "model.classes has no effect without loss=cross_entropy"),
+    ],
+    ids=str,
+)
+def test_what_starts_and_is_locked(overrides: list[str], message: str | None) -> None:
+    config, _ = compose(overrides)
+    if message is None:
+        validate(config)
+        return
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        validate(config)
+    assert "\n" not in str(caught.value)
 
 
 def test_all_cross_field_mistakes_come_at_once() -> None:
