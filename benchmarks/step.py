@@ -71,9 +71,9 @@ class Pairs:
         padded[torch.arange(pairs), lengths.long() - 1] = config.text.eot_id
         real = torch.arange(context) < lengths[:, None]
         pixels = torch.randint(0, 256, (pairs, 3, size, size), dtype=torch.uint8, generator=generator)
-        where = torch.zeros(1, dtype=torch.int64)
-        batch = Batch(pixels, padded[real].int(), lengths, where, [], torch.arange(pairs))
-        mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (config.mean, config.std))
+        where, numbers = torch.zeros(1, dtype=torch.int64), torch.arange(pairs)
+        batch = Batch(pixels, padded[real].int(), lengths, where, [], numbers, numbers)
+        mean, std = (torch.tensor(each).view(3, 1, 1) for each in (config.mean, config.std))
         return Pairs(batch, (pixels / 255 - mean) / std, padded * real)
 
     def pinned(self) -> Pairs:
