@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from clipscale import __version__
 from clipscale.checkpoint.checkpointer import MANIFEST, read_saved
 from clipscale.checkpoint.export import WRITERS
-from clipscale.checkpoint.loading import TOKENIZER, find_checkpoint, load_model, stored_tokenizer
+from clipscale.checkpoint.loading import copy_tokenizer, find_checkpoint, load_model
 from clipscale.config import Config
 from clipscale.config.data import Builtin
 from clipscale.config.hub import shareable
@@ -19,6 +18,7 @@ from clipscale.data.tokenizer import shareable_name
 from clipscale.errors import ClipscaleError, ConfigError
 
 LIBRARY = {"open_clip": "open_clip", "hf": "transformers", "safetensors": "clipscale", "onnx": "onnx"}
+LIBRARIES = ("open_clip:", "hf:", "timm:")  # weights that others publish, named in cards as they are
 
 # Blocks that fill a directory with the name OUT stands for.
 LOADING = {
@@ -86,14 +86,19 @@ def export(run: Path, to: str, out: Path) -> None:
         raise ConfigError(f"--to {to}: choose from {', '.join(WRITERS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} holds something already; choose a new directory")
-    path, _ = find_checkpoint(run)
+    path, config = find_checkpoint(run)
+    if config.model.classes is not None and to != "safetensors":
+        raise ConfigError(
+            f"--to {to} has no place for the head of {run}, which tells {len(config.model.classes)} classes apart; use "
+            "--to safetensors"
+        )
     model, config = load_model(path)
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         WRITERS[to](model, config, out)
-        if to == "safetensors" and stored_tokenizer(path).is_dir():
-            shutil.copytree(stored_tokenizer(path), out / TOKENIZER)
+        if to == "safetensors":
+            copy_tokenizer(path, out)
         (out / "README.md").write_text(model_card(path, config, to, out.resolve().name))
     except BaseException as error:
         _empty(out, made)
@@ -116,11 +121,13 @@ def model_card(path: Path, config: Config, to: str, name: str) -> str:
     """The model card of a checkpoint: what it is, its training, its numbers; no path, host or secret."""
     title = config.name or config.model.name
     loading = LOADING["hf, siglip" if to == "hf" and not config.model.text.causal else to]
+    head = head_summary(config)
+    task = "zero-shot-image-classification" if config.model.classes is None else "image-classification"
     averaged = "; the weights are their moving average" if config.ema.decay is not None else ""
     return f"""\
 ---
 library_name: {LIBRARY[to]}
-pipeline_tag: zero-shot-image-classification
+pipeline_tag: {task}
 tags:
 - clip
 - clipscale
@@ -128,7 +135,7 @@ tags:
 
 # {title}
 
-A dual encoder of images and texts, {model_summary(config.model)}, trained with clipscale {__version__}{averaged}.
+A dual encoder of images and texts, {model_summary(config.model)}, trained with clipscale {__version__}{averaged}.{head}
 
 ## How to load it
 
@@ -158,6 +165,17 @@ To be written by who publishes this model:
 """
 
 
+def head_summary(config: Config) -> str:
+    """What a card says of a classifier's head; nothing where there is none."""
+    classes = config.model.classes
+    if classes is None:
+        return ""
+    return (
+        f" It has a head of {len(classes)} classes: `model.classify(images)` gives their logits, "
+        "`model.config.classes` their names."
+    )
+
+
 def _training(path: Path, config: Config) -> dict[str, Any]:
     seen = read_saved(path).samples_seen if (path / MANIFEST).exists() else "not recorded"
     return {
@@ -178,9 +196,7 @@ def _training(path: Path, config: Config) -> dict[str, Any]:
 
 
 def _start(weights: str) -> str:
-    return (
-        shareable_name(weights) if weights.startswith(("open_clip:", "hf:", "timm:")) else "weights of an earlier model"
-    )
+    return shareable_name(weights) if weights.startswith(LIBRARIES) else "weights of an earlier model"
 
 
 def _data(config: Config) -> str:

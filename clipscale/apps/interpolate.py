@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from clipscale.apps.export import LOADING
+from clipscale.apps.export import LIBRARIES, LOADING, head_summary
 from clipscale.checkpoint.export import write_safetensors
 from clipscale.checkpoint.interop import State
-from clipscale.checkpoint.loading import find_checkpoint
+from clipscale.checkpoint.loading import copy_tokenizer, find_checkpoint, load_tokenizer
 from clipscale.checkpoint.pretrained import BIAS, HEAD, load_pretrained, read_pretrained
 from clipscale.config import Config
 from clipscale.data.io import resolve
-from clipscale.data.tokenizer import build_tokenizer
+from clipscale.data.tokenizer import Tokenizer
 from clipscale.distributed.runtime import start
 from clipscale.errors import ClipscaleError, ConfigError
 from clipscale.evals import Classes
@@ -32,24 +32,29 @@ def interpolate(first: str, second: str, alphas: Sequence[float], out: Path, cla
     """
     if not alphas or not all(0 <= alpha <= 1 for alpha in alphas):
         raise ConfigError(f"--alpha {','.join(f'{alpha:g}' for alpha in alphas)}: choose numbers from 0 to 1")
+    names = [f"alpha_{alpha:g}" for alpha in alphas]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"--alpha: two models would be {out / twice}; give numbers that differ in six digits")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} holds something already; choose a new directory")
     ends = [(where, _config_of(where)) for where in (first, second)]
     known = [(where, config) for where, config in ends if config is not None]
     if not known:
         raise ConfigError(f"neither {first} nor {second} is clipscale's; train, or evaluate, from one of them first")
-    _check_tokenizers(known)
+    tokenizers = {where: load_tokenizer(find_checkpoint(Path(where))[0], config) for where, config in known}
+    _check_tokenizers(tokenizers)
     # That of the classifier, or else of the second: what it was trained to is what is kept of the configuration.
     with_head = [(where, config) for where, config in known if config.model.classes is not None]
-    config = (with_head or known)[-1][1]
+    kept, config = (with_head or known)[-1]
     model = build_model(config.model, logit_bias=config.loss.first_bias)
-    one, other = (_read(model, where, its, config, classes, device) for where, its in ends)
-    for alpha in alphas:
-        place = out if len(alphas) == 1 else out / f"alpha_{alpha:g}"
+    one, other = (_read(model, where, its, config, tokenizers[kept], classes, device) for where, its in ends)
+    for alpha, name in zip(alphas, names, strict=True):
+        place = out if len(alphas) == 1 else out / name
         model.load_state_dict({name: _between(tensor, other[name], alpha) for name, tensor in one.items()})
         try:
             place.mkdir(parents=True, exist_ok=True)
             write_safetensors(model, config, place)
+            copy_tokenizer(find_checkpoint(Path(kept))[0], place)
             (place / "README.md").write_text(_card(config, alpha, first, second, place))
         except OSError as error:
             raise ClipscaleError(f"--out {place} cannot be written: {error.strerror}") from None
@@ -70,16 +75,23 @@ def _config_of(where: str) -> Config | None:
         return None  # of another library, or nothing: reading it will tell
 
 
-def _check_tokenizers(known: Sequence[tuple[str, Config]]) -> None:
-    read = [(where, build_tokenizer(config.tokenizer, config.model)) for where, config in known]
-    (where, first), (other, last) = read[0], read[-1]
+def _check_tokenizers(tokenizers: Mapping[str, Tokenizer]) -> None:
+    (where, first), *_, (other, last) = [*tokenizers.items()] * 2  # of both ends, or of one
     if (first.name, first.vocab_size) != (last.name, last.vocab_size):
         raise ConfigError(
             f"{where} reads the tokens of {first.name}, {other} those of {last.name}: nothing lies between them"
         )
 
 
-def _read(model: CLIP, where: str, its: Config | None, config: Config, classes: str | None, device: str) -> State:
+def _read(
+    model: CLIP,
+    where: str,
+    its: Config | None,
+    config: Config,
+    tokenizer: Tokenizer,
+    classes: str | None,
+    device: str,
+) -> State:
     """The weights of one end in the names and shapes of ``model``, copied."""
     try:
         found = read_pretrained(where)
@@ -87,15 +99,26 @@ def _read(model: CLIP, where: str, its: Config | None, config: Config, classes: 
         if (BIAS in found.state) != (BIAS in model.state_dict()) and not isinstance(model, Classifier):
             raise ClipscaleError(f"{where}: one end has a bias on its logits, and the other has none")
         load_pretrained(model, found)
+        # What training would start without, or take from elsewhere, would here be the other end's, or a random one.
+        for name in model.state_dict():
+            if name not in found.state and name != BIAS and not name.startswith(HEAD):
+                raise ClipscaleError(f"{where} holds a part of the model alone, without {name}; name a whole model")
     except ClipscaleError as error:
         raise ClipscaleError(str(error).replace(f"init.weights={where}", where)) from None
     if isinstance(model, Classifier):
-        _read_head(model, found.state, where, its, config, classes, device)
+        _read_head(model, found.state, where, its, config, tokenizer, classes, device)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def _read_head(
-    model: Classifier, state: State, where: str, its: Config | None, config: Config, classes: str | None, device: str
+    model: Classifier,
+    state: State,
+    where: str,
+    its: Config | None,
+    config: Config,
+    tokenizer: Tokenizer,
+    classes: str | None,
+    device: str,
 ) -> None:
     """The head of a classifier, or the one that the towers of another model have without training."""
     if its is not None and its.model.classes is not None:
@@ -109,7 +132,7 @@ def _read_head(
     named = Classes.load(build_store(config), file if classes else resolve(file, config.data.root))
     named.agree(model.config.classes or ())
     runtime = start(device, config.distributed.timeout_s)
-    start_head(config, model.to(runtime.device), named, build_tokenizer(config.tokenizer, config.model), runtime.device)
+    start_head(config, model.to(runtime.device), named, tokenizer, runtime.device)
     model.cpu()
 
 
@@ -117,7 +140,7 @@ def _card(config: Config, alpha: float, first: str, second: str, out: Path) -> s
     return f"""\
 # {config.model.name}, between two models
 
-{1 - alpha:g} of the weights of `{_named(first)}` and {alpha:g} of those of `{_named(second)}`.
+{1 - alpha:g} of the weights of `{_named(first)}` and {alpha:g} of those of `{_named(second)}`.{head_summary(config)}
 
 ```python
 {LOADING["safetensors"].replace("OUT", out.resolve().name)}```
@@ -125,4 +148,4 @@ def _card(config: Config, alpha: float, first: str, second: str, out: Path) -> s
 
 
 def _named(where: str) -> str:
-    return where if where.startswith(("open_clip:", "hf:")) else Path(where).resolve().name
+    return where if where.startswith(LIBRARIES) else Path(where).resolve().name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,12 @@ def stored_tokenizer(checkpoint: Path) -> Path:
     """Where the run of a checkpoint has its tokenizer, if it keeps one."""
     run = checkpoint if (checkpoint / EXPORTED).exists() else checkpoint.parent.parent
     return run / TOKENIZER
+
+
+def copy_tokenizer(checkpoint: Path, out: Path) -> None:
+    """Put the tokenizer that the run of a checkpoint keeps, if it does, beside what is written of it."""
+    if stored_tokenizer(checkpoint).is_dir():
+        shutil.copytree(stored_tokenizer(checkpoint), out / TOKENIZER)
 
 
 def load_model(run_or_checkpoint: str | Path) -> tuple[CLIP, Config]:

@@ -34,9 +34,10 @@ SIGLIP = [
 SMALL_TEXT = ["model.embed_dim=64", "model.context_length=24", "model.text.width=64", "model.text.layers=2"]
 
 
-def make_run(place: Path, *overrides: str) -> Path:
+def make_run(place: Path, *overrides: str, classes: list[str] | None = None) -> Path:
     """A run that stopped after one save, whose average differs from its weights."""
     config, _ = compose([*overrides, "name=mine", "data.root=/secret/place"])
+    config.model.classes = classes
     model = build_model(config.model, logit_bias=config.loss.first_bias)
     scramble(model)
     average = {name: p.detach() + 0.01 for name, p in model.named_parameters()} if config.ema.decay else {}
@@ -181,6 +182,17 @@ def test_the_model_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (run / "result.json").write_text(json.dumps(result | {"samples_seen": 9999}))
     export(run, "safetensors", tmp_path / "older")
     assert "None were recorded of these weights" in (tmp_path / "older" / "README.md").read_text()
+
+
+def test_a_classifier_is_clipscales_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "model=tiny", "loss=cross_entropy", classes=["cat", "dog"])
+    for to in ("open_clip", "hf", "onnx"):
+        with pytest.raises(ClipscaleError, match="tells 2 classes apart; use --to safetensors"):
+            export(run, to, tmp_path / to)
+    export(run, "safetensors", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "a head of 2 classes: `model.classify(images)`" in card and "pipeline_tag: image-classification" in card
+    assert clipscale.load(tmp_path / "out")[0].config.classes == ["cat", "dog"]
 
 
 def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
