@@ -74,6 +74,11 @@ def hf_spec(kind: str) -> Any:
         "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, **decoder),
         "llama": lambda: transformers.LlamaConfig(**sizes | decoder),
         "modernbert": lambda: transformers.ModernBertConfig(**sizes | decoder, cls_token_id=0, sep_token_id=2),
+        "opt": lambda: transformers.OPTConfig(
+            ffn_dim=64, word_embed_proj_dim=32, **sizes | decoder | dict(bos_token_id=2)
+        ),
+        "neox": lambda: transformers.GPTNeoXConfig(**sizes | dict(bos_token_id=0, eos_token_id=0)),
+        "clip": lambda: transformers.CLIPTextConfig(**sizes | decoder),
         "mpnet": lambda: transformers.MPNetConfig(**sizes | dict(max_position_embeddings=CONTEXT + 2)),
     }
     return makers[kind]()

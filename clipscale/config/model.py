@@ -144,7 +144,7 @@ class Text:
     """Start from its weights; false: draw them from the seed, as its architecture does."""
     hf_pool: HFPool | None = fixed(None)
     """One vector of a caption's tokens: `cls` (the first), their `mean`, or the `last`; null: `cls` of a BERT, `last`
-    where a token sees only those before it, else `mean`."""
+    of a model made to write text (GPT-2, LLaMA) and of CLIP's, else `mean`."""
     hf_proj: HFProjection = fixed(HFProjection.linear)
     """Into the shared space: a `linear` layer, or an `mlp` of two; without bias."""
     hf_config: Any = fixed(None)

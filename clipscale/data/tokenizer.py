@@ -32,7 +32,8 @@ LETTERS = 16  # per token of the context: what is kept of one word; byte-pair me
 class Tokenizer:
     """A tokenizer with a fixed context length.
 
-    Calling it with captions gives Int64[B, L], padded with zeros, as ``model.encode_text`` takes it.
+    Calling it with captions gives Int64[B, L], padded with zeros (ones if 0 ends captions), as ``model.encode_text``
+    takes it.
 
     Args:
         name: ``clip``, an open_clip model name, an ``hf-hub:`` name, or ``hf:`` and a name of the hub or a directory.
@@ -133,9 +134,9 @@ class Tokenizer:
         return str(canonicalize_text(basic_clean(caption)))
 
     def __call__(self, captions: str | Sequence[str]) -> torch.Tensor:
-        """Int64[B, L] for B captions, padded with zeros to the context length L."""
+        """Int64[B, L] for B captions, padded to the context length L."""
         captions = [captions] if isinstance(captions, str) else captions
-        out = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
+        out = torch.full((len(captions), self.context_length), int(self.eot_id == 0))
         for row, caption in zip(out, captions, strict=True):
             ids, _ = self.encode(caption)
             row[: len(ids)] = torch.from_numpy(ids)

@@ -22,6 +22,8 @@ from clipscale.models.groups import STEP
 from clipscale.models.packing import Packing, check_lengths
 
 CONFIG = "config.json"
+# Kinds that cannot be trained on captions, and why.
+_REFUSED = {"xlnet": "has weights that captions do not train (mask_emb)"}
 
 
 class HFTextTower(nn.Module):
@@ -39,7 +41,8 @@ class HFTextTower(nn.Module):
         spec = hf_config(config)
         self.context_length, self.eot_id = context_length, config.eot_id
         self.pool = config.hf_pool or usual_pool(spec)
-        self.pad_id = int(spec.pad_token_id or 0)
+        pad = getattr(spec, "pad_token_id", None)  # null or -1 where there is none
+        self.pad_id = pad if isinstance(pad, int) and 0 <= pad < spec.vocab_size else 0
         self.transformer: Any = _build(config, spec)
         _check_room(config, self.transformer, context_length)
         width = int(spec.hidden_size)
@@ -95,7 +98,9 @@ class HFTextTower(nn.Module):
         return Packing.filled(lengths, size, next(self.parameters()).device)
 
     def pack(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Padded ids Int[B, L] as packed ids Int[T] and lengths Int[B]; captions end at their last end-of-text token.
+        """Padded ids Int[B, L] as packed ids Int[T] and lengths Int[B].
+
+        A caption ends at its last end-of-text token; where that fills the row too, at the first of those that do.
 
         Raises ValueError for a row without one.
         """
@@ -104,8 +109,10 @@ class HFTextTower(nn.Module):
             raise ValueError(
                 f"a caption has no end-of-text token ({self.eot_id}); was it made by this model's tokenizer?"
             )
-        # The last, because some tokenizers begin captions with the token that ends them.
-        lengths = padded.shape[1] - ends.flip(1).int().argmax(dim=1)
+        # The last, because some tokenizers begin captions with the token that ends them (OPT); others pad with it.
+        backwards = ends.flip(1).int()
+        filling = backwards.cumprod(dim=1).sum(dim=1)
+        lengths = padded.shape[1] - torch.where(filling > 0, filling - 1, backwards.argmax(dim=1))
         keep = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
         return padded[keep], lengths
 
@@ -156,6 +163,8 @@ def hf_config(text: Text) -> Any:
             f"{setting} is of the type {kind}, which this transformers does not have; code that comes with weights is "
             "never run"
         )
+    if kind in _REFUSED:
+        raise ConfigError(f"{setting} is of the type {kind}, which {_REFUSED[kind]}")
     drops = {key: 0.0 for key, value in found.items() if "drop" in key and isinstance(value, float | int)}
     try:
         spec = CONFIG_MAPPING[kind].from_dict({**found, **drops})
@@ -177,6 +186,8 @@ def usual_pool(spec: Any) -> HFPool:
 
     if spec.model_type == "bert":
         return HFPool.cls
+    if spec.model_type == "clip_text_model":
+        return HFPool.last
     kind, is_encoder = type(spec), getattr(spec, "is_encoder_decoder", False)
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING and not is_encoder:
         return HFPool.last
@@ -194,9 +205,13 @@ def text_part(model: Any) -> Any:
 
 def hf_class(spec: Any) -> Any:
     """Which of transformers' classes makes a text tower of a configuration."""
-    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModel, AutoModelForTextEncoding
+    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoModel, AutoModelForTextEncoding
 
-    return AutoModelForTextEncoding if type(spec) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+    if type(spec) in MODEL_FOR_TEXT_ENCODING_MAPPING:
+        return AutoModelForTextEncoding
+    if type(spec) not in MODEL_MAPPING:
+        raise ConfigError(f"the type {spec.model_type} is none that transformers makes alone (by AutoModel)")
+    return AutoModel
 
 
 @contextmanager

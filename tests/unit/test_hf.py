@@ -87,9 +87,10 @@ def test_a_caption_is_alone_in_its_batch(kind: str) -> None:
 
 
 def test_how_kinds_are_pooled() -> None:
-    found = {kind: tower(kind).pool for kind in ("bert", "roberta", "t5", "gpt2", "llama")}
+    found = {kind: tower(kind).pool for kind in ("bert", "roberta", "t5", "gpt2", "llama", "clip")}
     assert found == {
         "bert": HFPool.cls, "roberta": HFPool.mean, "t5": HFPool.mean, "gpt2": HFPool.last, "llama": HFPool.last,
+        "clip": HFPool.last,
     }  # fmt: skip
 
 
@@ -137,6 +138,51 @@ def test_padded_ids_are_the_packed_ones(tmp_path: Path) -> None:
         assert ids.tolist() == np.concatenate(encoded).tolist() and lengths.tolist() == [len(one) for one in encoded]
     with pytest.raises(ValueError, match="no end-of-text token"):
         model.encode_text(torch.ones(1, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "eot", "pads"),
+    [
+        ("bert", [2], 3, [0]),
+        ("roberta", [0], 2, [0, 1]),
+        ("t5", [], 1, [0]),
+        ("gpt2", [], 2, [0, 2]),
+        ("neox", [], 0, [0, 1]),
+        ("opt", [2], 2, [0, 1]),
+    ],
+)
+def test_padded_captions_end_where_they_do(kind: str, start: list[int], eot: int, pads: list[int]) -> None:
+    """Whichever token pads, and where the one that ends captions begins them too."""
+    ours = tower(kind, eot_id=eot)
+    captions = [torch.tensor([*start, *range(5, 5 + n), eot]) for n in (0, 1, 7, CONTEXT - 1 - len(start))]
+    lengths = torch.tensor([len(one) for one in captions])
+    with torch.no_grad():
+        expected = torch.cat([ours(one, lengths[i : i + 1]) for i, one in enumerate(captions)])
+        for pad in pads:
+            padded = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True, padding_value=pad)
+            ids, found = ours.pack(padded)
+            assert found.tolist() == lengths.tolist(), pad
+            torch.testing.assert_close(ours(ids, found), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tokenizer_does_not_pad_with_the_end(tmp_path: Path) -> None:
+    made = byte_pieces(ends=False)
+    made.eos_token = made.bos_token
+    made.save_pretrained(tmp_path)
+    ours = Tokenizer(f"hf:{tmp_path}", CONTEXT)
+    assert ours.eot_id == 0
+    captions = ["red star", "", "a " * 90]
+    ids, lengths = tower("neox", eot_id=0).pack(ours(captions))
+    encoded = [ours.encode(caption)[0] for caption in captions]
+    assert ids.tolist() == np.concatenate(encoded).tolist() and lengths.tolist() == [len(one) for one in encoded]
+    assert int((ours(captions) == 0).sum()) == len(captions)
+
+
+@pytest.mark.parametrize("pad", [None, -1, 4096])
+def test_an_id_of_padding_that_is_no_token(pad: int | None) -> None:
+    config = hf_model("gpt2")
+    config.text.hf_config["pad_token_id"] = pad
+    assert build_model(config).text.pad_id == 0
 
 
 # ---- tokenizers -----------------------------------------------------------------------------------------------------
@@ -276,6 +322,8 @@ def test_code_that_comes_with_weights_is_never_run(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ("[]", "holds no configuration"),
         ('{"model_type": "clip"}', "is no text model"),
+        ('{"model_type": "siglip_text_model"}', "siglip_text_model is none that transformers makes alone"),
+        ('{"model_type": "xlnet"}', "xlnet, which has weights that captions do not train"),
         ('{"model_type": "bert", "hidden_size": 30}', "model.text.hf=.*: "),
     ],
 )
