@@ -237,6 +237,11 @@ def _training(config: Config) -> Iterator[str]:
         yield f"model.vision.drop_path={vision.drop_path} must lie in [0, 1)"
     if not 0 <= vision.patch_dropout < 1:
         yield f"model.vision.patch_dropout={vision.patch_dropout} must lie in [0, 1), e.g. 0.5"
+    elif vision.patch_dropout and not vision.timm.startswith("vit_"):
+        yield (
+            f"model.vision.patch_dropout={vision.patch_dropout}: model.vision.timm={vision.timm} is no ViT, whose "
+            "patches could be left out; use model.vision.patch_dropout=0"
+        )
     if vision.heads is not None and (vision.heads < 1 or (vision.width is not None and vision.width % vision.heads)):
         yield f"model.vision.width={vision.width} is not divisible by model.vision.heads={vision.heads}"
     if config.model.text.heads < 1 or config.model.text.width % config.model.text.heads:

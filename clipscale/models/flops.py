@@ -22,15 +22,16 @@ TYPICAL = 17  # tokens of a caption of LAION's, in the mean
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers that are trained."""
+    """Numbers that a model has; ``head`` are those of a classifier's."""
 
     vision: int
     text: int
     temperature: int
+    head: int = 0
 
     @property
     def total(self) -> int:
-        return self.vision + self.text + self.temperature
+        return self.vision + self.text + self.temperature + self.head
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ class Flops:
     def training(self) -> float:
         """That a step needs, three times the forward pass: the figure for model FLOPs utilisation (MFU).
 
+        Of a dual encoder whose towers are both trained: one that is locked needs its forward pass alone, and a
+        classifier no text tower; this knows of neither.
+
         A backward pass has two products for each of the forward pass. Strictly, the first layer has one, as images
         need no gradient, which makes 0.6 % for ViT-B/32, 2.6 % for `tiny`.
         """
@@ -112,7 +116,8 @@ def parameters(model: Model, *, logit_bias: bool = False) -> Parameters:
     """
     vision, text = _towers(model, Execution())
     counts = [sum(part.parameters for part in tower) for tower in (vision, text)]
-    return Parameters(counts[0], counts[1], 2 if logit_bias else 1)
+    head = 0 if model.classes is None else (model.embed_dim + 1) * len(model.classes)
+    return Parameters(counts[0], counts[1], 2 if logit_bias else 1, head)
 
 
 def flops(model: Model, execution: Execution = Execution()) -> Flops:
@@ -133,7 +138,9 @@ def activations(
     execution: Execution = Execution(),
     precision: PrecisionName = PrecisionName.fp32,
 ) -> Activations:
-    """Bytes that autograd keeps for one sample between the passes.
+    """Bytes that autograd keeps for one sample between the passes, where both towers are trained.
+
+    A locked tower keeps none of its own, nor does a classifier's text tower; both are counted here all the same.
 
     Per block of a transformer with width d, MLP width rd: nd(8 + 2r) numbers of fp32, or under autocast 2nd of 32 and
     nd(6 + 2r) of 16 bits (quick-GELU rd more), and a few per token; checkpointed, nd of 32.

@@ -98,8 +98,9 @@ class HFTextTower(nn.Module):
         return Packing.filled(lengths, size, next(self.parameters()).device)
 
     def pack(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Padded ids Int[B, L] as packed ids Int[T] and lengths Int[B]; captions end at their last end-of-text token, or
-        where it fills rows, at the first of those that do.
+        """Padded ids Int[B, L] as packed ids Int[T] and lengths Int[B].
+
+        A caption ends at its last end-of-text token; where that fills the row too, at the first of those that do.
 
         Raises ValueError for a row without one.
         """
@@ -108,7 +109,7 @@ class HFTextTower(nn.Module):
             raise ValueError(
                 f"a caption has no end-of-text token ({self.eot_id}); was it made by this model's tokenizer?"
             )
-        # The last, because some tokenizers begin captions with the token that ends them (OPT); others pad with it (GPT-2).
+        # The last, because some tokenizers begin captions with the token that ends them (OPT); others pad with it.
         backwards = ends.flip(1).int()
         filling = backwards.cumprod(dim=1).sum(dim=1)
         lengths = padded.shape[1] - torch.where(filling > 0, filling - 1, backwards.argmax(dim=1))

@@ -174,6 +174,7 @@ def test_all_cross_field_mistakes_come_at_once() -> None:
         (["data.max_bad_fraction=1.5"], "data.max_bad_fraction=1.5 must lie"),
         (["model.mean=[0.5]"], "three numbers each"),
         (["model.std=[0,0,0]"], "std above 0"),
+        (["model=rn50", "model.vision.patch_dropout=0.5"], "model.vision.timm=resnet50_clip is no ViT"),
         (["model.text.pad_id=49408"], "model.text.pad_id=49408 is no token"),
         (["model.text.norm_eps=0"], "model.text.norm_eps=0"),
         (["model.embed_dim=0"], "model.embed_dim=0 must be above 0"),

@@ -18,7 +18,7 @@ from clipscale.config import config_dir, load_group
 from clipscale.config.model import Model, TextPool
 from clipscale.config.optim import PrecisionName
 from clipscale.errors import ConfigError
-from clipscale.models import CLIP
+from clipscale.models import CLIP, Classifier
 from clipscale.models.flops import MIB, NOMINAL, Execution, activations, flops, parameters, render
 from clipscale.models.groups import rounded
 from clipscale.models.packing import Packing
@@ -91,6 +91,15 @@ def test_other_architectures(change: tuple[str, int]) -> None:
     config = load_group("model", "vit_b_32", Model)
     config.vision.timm, config.vision.image_size = change
     assert parameters(config).total == sum(p.numel() for p in on_meta(config).parameters())
+
+
+def test_a_head_is_counted() -> None:
+    config = load_group("model", "tiny", Model)
+    config.classes = ["circle", "square", "star"]
+    with torch.device("meta"):
+        made = Classifier(config)
+    assert parameters(config).total == sum(p.numel() for p in made.parameters())
+    assert parameters(config).head == sum(p.numel() for p in made.head.parameters())
 
 
 @pytest.mark.parametrize("name", sorted(PROFILE))
