@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from clipscale.checkpoint.checkpointer import finished_checkpoints, read_tensors
+from clipscale.checkpoint.files import read_file
 from clipscale.config import Config, load_config
 from clipscale.data.samples import preprocess
 from clipscale.data.tokenizer import Tokenizer, build_tokenizer
@@ -61,7 +61,14 @@ def load_model(run_or_checkpoint: str | Path) -> tuple[CLIP, Config]:
     path, config = find_checkpoint(Path(run_or_checkpoint))
     model = build_model(config.model, seed=config.seed, logit_bias=config.loss.first_bias)
     if (path / EXPORTED).exists():
-        model.load_state_dict(load_file(path / EXPORTED))
+        state = read_file(path / EXPORTED)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[1:2] or [str(error)]
+            raise ClipscaleError(
+                f"{path / 'config.yaml'} is not of the weights beside it: {first[0].strip()}"
+            ) from None
         return model, config
     weights = {name: p.detach() for name, p in model.named_parameters()}
     buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import pickle
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from clipscale.checkpoint.covered import model_of_open_clip
+from clipscale.checkpoint.files import read_file, read_json, read_weights, well_formed
 from clipscale.checkpoint.interop import OPENAI_EXTRAS, TRUNK, State, from_hf, from_open_clip
-from clipscale.checkpoint.loading import load_model
+from clipscale.checkpoint.loading import find_checkpoint, load_model, load_tokenizer
 from clipscale.checkpoint.positions import fit_positions
-from clipscale.checkpoint.told import activation_of, tell, told_by_hf, told_by_open_clip
+from clipscale.checkpoint.told import activation_of, of_channels, tell, told_by_hf, told_by_open_clip
 from clipscale.checkpoint.trunk import download_timm, of_timm
 from clipscale.config import config_dir, load_group
 from clipscale.config.hub import fetch, unavailable
 from clipscale.config.model import Activation, Model
+from clipscale.data.tokenizer import HF, Tokenizer
 from clipscale.errors import ClipscaleError, ConfigError
 from clipscale.models import CLIP
 from clipscale.models.hf import HFTextTower, hf_class, quiet_transformers, text_part
@@ -43,6 +40,8 @@ class Pretrained:
     state: State
     told: dict[str, Any] = field(default_factory=dict)
     """Values of ``model.*`` keys, without that prefix, that weights do not show."""
+    tokenizer: Tokenizer | None = None
+    """Whose tokens its text tower reads, where the source holds that, too."""
 
     @property
     def of_hf_text(self) -> bool:
@@ -65,7 +64,7 @@ def read_pretrained(where: str) -> Pretrained:
         path = Path(where)
         if path.is_dir():
             return _directory(where, path)
-        state = _read_file(path)
+        state = read_file(path)
         of_openai = any(name in state for name in OPENAI_EXTRAS)
         return Pretrained(where, _own_names(state), {"activation": Activation.quickgelu.value} if of_openai else {})
     except ClipscaleError as error:
@@ -95,9 +94,19 @@ def load_pretrained(model: CLIP, found: Pretrained) -> list[str]:
     state |= {name: tensor for name, tensor in own.items() if name.startswith(HEAD)}
     resized = fit_positions(model, state)
     _check_shapes(model, state, found)
+    _check_values(model, state, found)
     _check_told(model, found)
     model.load_state_dict(state)
     return resized
+
+
+def check_tokenizer(found: Pretrained, tokenizer: Tokenizer) -> None:
+    """Raise ClipscaleError where a text tower that reads the tokens of another tokenizer would be given these."""
+    if found.tokenizer is not None and not tokenizer.reads_as(found.tokenizer):
+        raise ClipscaleError(
+            f"init.weights={found.where} reads the tokens of {found.tokenizer.name}, not those of tokenizer.name="
+            f"{tokenizer.name}; use tokenizer.name={found.tokenizer.name}"
+        )
 
 
 def read_text_tower(tower: HFTextTower, name: str) -> State:
@@ -142,6 +151,17 @@ def _check_shapes(model: CLIP, state: State, found: Pretrained) -> None:
         )
 
 
+def _check_values(model: CLIP, state: State, found: Pretrained) -> None:
+    for name, own in model.state_dict().items():
+        if not own.is_floating_point():
+            continue
+        if not state[name].is_floating_point():
+            kind = str(state[name].dtype).removeprefix("torch.")
+            raise ClipscaleError(f"init.weights={found.where}: {name} is {kind}; save the weights in floating point")
+        if not state[name].float().isfinite().all():
+            raise ClipscaleError(f"init.weights={found.where}: {name} has values that are not finite; it is damaged")
+
+
 def _advise(found: Pretrained) -> str:
     shapes = {name: tensor.shape for name, tensor in found.state.items() if name != BIAS}
     for name in sorted(file.stem for file in (config_dir() / "model").glob("*.yaml")):
@@ -164,11 +184,13 @@ def _check_told(model: CLIP, found: Pretrained) -> None:
     there = ", ".join(f"{key} {_short(value)}" for key, value in differing.items())
     here = ", ".join(_short(own[key]) for key in differing)
     keys = [f"model.{key}={_short(value)}" for key, value in differing.items()]
-    if "activation" in differing:
+    # Of towers without an activation of their own, the text tower's is the model's.
+    key = "activation" if "activation" in told else "text.activation"
+    if differing.get(key) in (Activation.gelu.value, Activation.quickgelu.value):
         base = model.config.name.removesuffix("_quickgelu")
-        twin = base if differing["activation"] == Activation.gelu.value else f"{base}_quickgelu"
-        if (config_dir() / "model" / f"{twin}.yaml").exists():
-            keys[list(differing).index("activation")] = f"model={twin}"
+        twin = base if differing[key] == Activation.gelu.value else f"{base}_quickgelu"
+        if twin != model.config.name and (config_dir() / "model" / f"{twin}.yaml").exists():
+            keys[list(differing).index(key)] = f"model={twin}"
     raise ClipscaleError(f"init.weights={found.where} was trained with {there}, not {here}; use {' '.join(keys)}")
 
 
@@ -230,71 +252,35 @@ def _download(name: str) -> Path:
 def _directory(where: str, path: Path) -> Pretrained:
     """An exported directory of open_clip or Hugging Face, or what clipscale wrote."""
     if (path / OPEN_CLIP_CONFIG).exists():
-        config = _read_json(path / OPEN_CLIP_CONFIG)
-        model_of_open_clip(config.get("model_cfg") or {})
-        return Pretrained(where, from_open_clip(_read_weights(path, "open_clip_")), told_by_open_clip(config))
+        config = read_json(path / OPEN_CLIP_CONFIG)
+        with well_formed(OPEN_CLIP_CONFIG):
+            model_of_open_clip(config.get("model_cfg") or {})
+            told = told_by_open_clip(config)
+        tokenizer = _tokenizer_beside(path, config)
+        if tokenizer is not None:
+            ids = {"text.eot_id": tokenizer.eot_id}
+            told = ids | ({"text.pad_id": tokenizer.pad_id} if told["text.pad_to_context"] else {}) | told
+        return Pretrained(where, from_open_clip(read_weights(path, "open_clip_")), told, tokenizer)
     if (path / HF_CONFIG).exists():
-        told = told_by_hf(_read_json(path / HF_CONFIG))
+        config = read_json(path / HF_CONFIG)
+        with well_formed(HF_CONFIG):
+            told = told_by_hf(config)
         if (path / HF_IMAGES).exists():
-            images = _read_json(path / HF_IMAGES)
-            told |= {key: images[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in images}
-        return Pretrained(where, from_hf(_read_weights(path, "")), told)
-    model, _ = load_model(path)
-    return Pretrained(where, model.state_dict(), tell(model))
+            images = read_json(path / HF_IMAGES)
+            with well_formed(HF_IMAGES):
+                found = {key: of_channels(images.get(f"image_{key}")) for key in ("mean", "std")}
+            told |= {key: value for key, value in found.items() if value is not None}
+        return Pretrained(where, from_hf(read_weights(path, "")), told)
+    model, config = load_model(path)
+    return Pretrained(where, model.state_dict(), tell(model), load_tokenizer(find_checkpoint(path)[0], config))
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise ClipscaleError(f"{path.name} is not JSON") from None
-
-
-def _read_weights(path: Path, prefix: str) -> State:
-    """The weights beside a configuration, in one file or in several."""
-    index = path / f"{prefix}model.safetensors.index.json"
-    if index.exists():
-        state: State = {}
-        for name in sorted(set(_read_json(index)["weight_map"].values())):
-            state |= _read_file(path / name)
-        return state
-    names = (f"{prefix}model.safetensors", f"{prefix}pytorch_model.bin", f"{prefix}pytorch_model.safetensors")
-    for name in names:
-        if (path / name).exists():
-            return _read_file(path / name)
-    raise ClipscaleError(f"there is none of {', '.join(names)} in {path}")
-
-
-def _read_file(path: Path) -> State:
-    """A state dict of tensors; a pickle that holds anything else is not executed but refused."""
-    if not path.is_file():
-        raise ClipscaleError(f"{path} is no file or directory; give open_clip:NAME/TAG, hf:NAME, timm:NAME or a path")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings(action="ignore"):  # a remark on TorchScript archives, which are refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ClipscaleError(
-            f"{path.name} is no file of tensors alone; a pickle of anything else could run code and is not read; save "
-            "its state dict"
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        if "TorchScript" in str(error):
-            raise ClipscaleError(
-                f"{path.name} is a TorchScript archive; save its weights first: "
-                f"torch.save(torch.jit.load('{path.name}').state_dict(), 'weights.pt')"
-            ) from None
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise ClipscaleError(f"{path.name} cannot be read: {first}") from None
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]  # a checkpoint of open_clip's training
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor | int) for value in content.values()):
-        raise ClipscaleError(f"{path.name} holds no state dict")
-    return {str(name).removeprefix("module."): torch.as_tensor(value) for name, value in content.items()}
+def _tokenizer_beside(path: Path, config: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer in an exported directory of open_clip, if it is not CLIP's."""
+    text = config["model_cfg"]["text_cfg"]
+    if not text.get("hf_tokenizer_name") or not (path / "tokenizer_config.json").exists():
+        return None
+    return Tokenizer(f"{HF}{path}", text.get("context_length", 77))
 
 
 def _own_names(state: State) -> State:

@@ -43,6 +43,7 @@ def _tell_text(config: Model) -> dict[str, Any]:
         "text.pool": text.pool.value,
         "text.pad_to_context": text.pad_to_context,
         "text.norm_eps": text.norm_eps,
+        "text.eot_id": text.eot_id,
     }
     return told | ({"text.pad_id": text.pad_id} if text.pad_to_context else {})
 
@@ -59,7 +60,7 @@ def activation_of(name: str, tag: str) -> str:
 
 def told_by_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
     """By an ``open_clip_config.json``. Raises ClipscaleError for a text tower that clipscale's cannot be."""
-    model, images = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
+    model, images = config.get("model_cfg") or {}, config.get("preprocess_cfg") or {}
     text, vision, quick = model.get("text_cfg", {}), model.get("vision_cfg", {}), bool(model.get("quick_gelu"))
     of_text = _open_clip_activation(text, quick)
     timm_name = vision.get("timm_model_name")
@@ -69,8 +70,8 @@ def told_by_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
         "activation": trunk_activation(timm_name)
         if timm_name
         else (_open_clip_activation(vision, quick) if vit else None),
-        "mean": images.get("mean"),
-        "std": images.get("std"),
+        "mean": of_channels(images.get("mean")),
+        "std": of_channels(images.get("std")),
         "text.heads": text.get("heads"),
         "text.activation": of_text,
         "text.norm_eps": (text.get("norm_kwargs") or {}).get("eps", 1e-5),
@@ -78,6 +79,16 @@ def told_by_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
     if vit:
         told["vision.heads"] = vision.get("width", 768) // vision.get("head_width", 64)
     return {key: value for key, value in told.items() if value is not None} | _pool_of_open_clip(text)
+
+
+def of_channels(value: Any) -> list[float] | None:
+    """One number for each of three channels, or one for all. Raises ValueError for anything else."""
+    if value is None:
+        return None
+    each = [float(one) for one in (value if isinstance(value, list | tuple) else [value] * 3)]
+    if len(each) != 3:
+        raise ValueError(f"{value} are not three numbers")
+    return each
 
 
 def _open_clip_activation(tower: Mapping[str, Any], quick: bool) -> str:
@@ -95,7 +106,13 @@ def _pool_of_open_clip(text: Mapping[str, Any]) -> dict[str, Any]:
             f"its text tower is pooled by pool_type={pool}{', no_causal_mask' if both_ways else ''}; clipscale's can "
             "be by last, or, if causal, by argmax or eos"
         )
-    return {"text.causal": not both_ways, "text.pool": TextPool.last.value, "text.pad_to_context": pool == "last"}
+    told = {"text.causal": not both_ways, "text.pool": TextPool.last.value, "text.pad_to_context": pool == "last"}
+    if pool == "eos":
+        return told | {"text.eot_id": text.get("eos_id", 2)}
+    # The largest id ends a caption, as CLIP's does, and 0 fills it; other tokenizers are asked themselves.
+    own = pool == "argmax" or not text.get("hf_tokenizer_name")
+    ids = {"text.eot_id": text.get("vocab_size", 49408) - 1} | ({"text.pad_id": 0} if pool == "last" else {})
+    return told | (ids if own else {})
 
 
 def told_by_hf(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +135,10 @@ def told_by_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         "text.pool": TextPool.last.value,
         "text.pad_to_context": kind == "siglip",
     }
-    return told if kind == "clip" else told | {"text.pad_id": text.get("pad_token_id", 1)}
+    if kind == "siglip":  # pooled at the last position, whatever stands there
+        return told | {"text.pad_id": text.get("pad_token_id", 1)}
+    end = text.get("eos_token_id", 49407)  # 2 stands for the largest id, in old files
+    return told | {"text.eot_id": text.get("vocab_size", 49408) - 1 if end == 2 else end}
 
 
 def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

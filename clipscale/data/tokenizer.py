@@ -90,6 +90,13 @@ class Tokenizer:
         """The id with which open_clip's own tokenizer fills captions; None if it fills none."""
         return 0 if self.is_bpe else self._impl.tokenizer.pad_token_id
 
+    def reads_as(self, other: Tokenizer) -> bool:
+        """Whether both have the same token for every id, and the same end."""
+        if self.is_bpe or other.is_bpe:
+            return self.is_bpe == other.is_bpe
+        mine, theirs = (one._impl.tokenizer.get_vocab() for one in (self, other))
+        return self.eot_id == other.eot_id and mine == theirs
+
     def write_for_open_clip(self, directory: Path) -> dict[str, Any]:
         """Write into ``directory`` what open_clip's ``local-dir:`` finds there, and return what its configuration of a
         text tower has to say of it; nothing for CLIP's, which open_clip takes by default."""

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from clipscale.checkpoint import TOKENIZER
-from clipscale.checkpoint.pretrained import load_pretrained, read_pretrained, read_text_tower
+from clipscale.checkpoint.pretrained import check_tokenizer, load_pretrained, read_pretrained, read_text_tower
 from clipscale.config import Config
 from clipscale.config.data import Builtin, Data
 from clipscale.config.optim import LossName, MaskDuplicates
@@ -249,7 +249,7 @@ def start_head(config: Config, model: Classifier, classes: Classes, tokenizer: T
     fill(model.head.bias, torch.zeros(len(weight)))
 
 
-def start_from(model: CLIP, config: Config, runtime: Runtime) -> tuple[str, list[str]]:
+def start_from(model: CLIP, config: Config, tokenizer: Tokenizer, runtime: Runtime) -> tuple[str, list[str]]:
     """Load what a new run starts from into a model that is not laid out over ranks yet; one rank a node downloads it.
 
     That is ``init.weights``, and those of a text tower of Hugging Face's, unless they have one. Returns what it was,
@@ -258,6 +258,8 @@ def start_from(model: CLIP, config: Config, runtime: Runtime) -> tuple[str, list
     """
     weights, name = config.init.weights, config.model.text.hf
     found = None if weights is None else once_per_node(runtime, lambda: read_pretrained(weights))
+    if found is not None and isinstance(model.text, HFTextTower) == found.of_hf_text:  # else its text tower stays
+        check_tokenizer(found, tokenizer)
     sources, said = [], []
     if isinstance(model.text, HFTextTower) and config.model.text.hf_pretrained and not (found and found.of_hf_text):
         tower = model.text

@@ -72,7 +72,9 @@ class Trainer:
             logit_scale=config.loss.init_logit_scale,
             logit_bias=config.loss.first_bias,
         )
-        self.starts_from, self.resized = start_from(model, config, runtime) if newest is None else ("", [])
+        self.starts_from, self.resized = (
+            start_from(model, config, self.tokenizer, runtime) if newest is None else ("", [])
+        )
         lock(model, config.lock)
         laid_out = parallelize(model, config.parallel, runtime.device)
         self.model = laid_out.model

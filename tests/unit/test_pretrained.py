@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPConfig
 
+import clipscale
 from clipscale.checkpoint.interop import from_hf, from_open_clip, to_timm
-from clipscale.checkpoint.pretrained import Pretrained, load_pretrained, read_pretrained
+from clipscale.checkpoint.pretrained import Pretrained, check_tokenizer, load_pretrained, read_pretrained
 from clipscale.checkpoint.told import activation_of, told_by_hf
 from clipscale.checkpoint.trunk import of_timm
-from clipscale.config import load_group
+from clipscale.config import compose, load_group, save_config
 from clipscale.config.model import Model
+from clipscale.data.tokenizer import Tokenizer
 from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP, build_model
+from tests.hf import byte_pieces
 from tests.peers import hf_model, scramble, small
 
 
@@ -256,3 +260,84 @@ def test_what_timm_tells_of_its_weights() -> None:
         load_pretrained(CLIP(config), Pretrained("timm:it", *of_timm(theirs)))
     with pytest.raises(ClipscaleError, match=r"init.weights=timm:it is not model=vit_b_32"), torch.device("meta"):
         load_pretrained(CLIP(load_group("model", "vit_b_32", Model)), Pretrained("timm:it", of_timm(theirs)[0]))
+
+
+def test_ids_and_tokens_are_compared(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    model = load_group("model", "tiny", Model)
+    for text, key in ({"pool_type": "eos", "eos_id": 2}, "eot_id"), ({"pool_type": "last"}, "pad_id"):
+        model.text.eot_id, model.text.pad_to_context, model.text.pad_id = 49407, key == "pad_id", 7
+        open_clip_directory(tmp_path, state, model_cfg=of_tiny(text))
+        with pytest.raises(ClipscaleError, match=rf"use model.text.{key}={2 if key == 'eot_id' else 0}$"):
+            load(CLIP(model), tmp_path)
+    text = {"num_attention_heads": 4, "eos_token_id": 2, "vocab_size": 300}
+    assert told_by_hf({"model_type": "clip", "text_config": text})["text.eot_id"] == 299, "so old files say it"
+    byte_pieces().save_pretrained(tmp_path / "words")
+    words, pairs = Tokenizer(f"hf:{tmp_path / 'words'}", 32), Tokenizer("clip", 32)
+    check_tokenizer(Pretrained("run", state, {}, words), words)
+    check_tokenizer(Pretrained("file", state, {}), words)
+    with pytest.raises(ClipscaleError, match=r"reads the tokens of clip, not those of .*; use tokenizer.name=clip$"):
+        check_tokenizer(Pretrained("run", state, {}, pairs), words)
+
+
+def test_a_twin_is_of_quickgelu_alone(tiny: CLIP) -> None:
+    found = Pretrained("there", tiny.state_dict(), {"activation": "gelu_tanh"})
+    with pytest.raises(ClipscaleError, match=r"gelu_tanh, not gelu; use model.activation=gelu_tanh$"):
+        load_pretrained(tiny, found)
+
+
+@pytest.mark.parametrize(("value", "message"), [(0, "is int8"), (1j, "is complex64"), (torch.nan, "not finite")])
+def test_values_that_are_no_weights(value: complex, message: str, tiny: CLIP) -> None:
+    state = tiny.state_dict()
+    state["text.norm.weight"] = torch.full((128,), value).to(torch.int8 if value == 0 else None)
+    with pytest.raises(ClipscaleError, match=f"text.norm.weight .*{message}|text.norm.weight {message}"):
+        load_pretrained(tiny, Pretrained("there", state))
+
+
+def test_the_first_bytes_tell_the_format(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    plain = {name: tensor.clone().contiguous() for name, tensor in state.items()}
+    save_file(plain, tmp_path / "a.pt")
+    torch.save(plain, tmp_path / "b.safetensors")
+    torch.save(plain, tmp_path / "c.safetensors", _use_new_zipfile_serialization=False)
+    for path in tmp_path.iterdir():
+        assert read_pretrained(str(path)).state.keys() == from_open_clip(state).keys(), path
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("open_clip_config.json", [], "open_clip_config.json is no JSON object"),
+        ("open_clip_config.json", {"model_cfg": of_tiny() | {"text_cfg": None}}, "has no text_cfg"),
+        ("open_clip_config.json", {"model_cfg": of_tiny({"vocab_size": "x"})}, "does not hold what its format has"),
+        ("open_clip_config.json", {"model_cfg": of_tiny(), "preprocess_cfg": {"mean": [1]}}, "are not three numbers"),
+        ("config.json", {"model_type": "clip", "text_config": "x"}, "config.json does not hold what its format has"),
+        ("model.safetensors.index.json", {}, "model.safetensors.index.json does not hold what its format has"),
+    ],
+)
+def test_malformed_configurations_are_one_line(file: str, content: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ClipscaleError, match=re.escape(message)) as caught:
+        read_pretrained(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_one_mean_is_that_of_all_channels(state: dict[str, torch.Tensor], tiny: CLIP, tmp_path: Path) -> None:
+    open_clip_directory(tmp_path, state, model_cfg=of_tiny(), preprocess_cfg={"mean": 0.5})
+    with pytest.raises(ClipscaleError, match=r"use model.mean=\[0.5,0.5,0.5\]$"):
+        load(tiny, tmp_path)
+    open_clip_directory(tmp_path, state, model_cfg=of_tiny(), preprocess_cfg=None)
+    load(tiny, tmp_path)
+
+
+@torch.no_grad()
+def test_a_damaged_export_is_one_line(tmp_path: Path) -> None:
+    config, _ = compose(["model=tiny", "name=mine", "data.root=/nowhere"])
+    save_file({name: t.clone() for name, t in build_model("tiny").state_dict().items()}, tmp_path / "model.safetensors")
+    save_config(replace(config, model=replace(config.model, embed_dim=64)), tmp_path / "config.yaml")
+    for read in (clipscale.load, lambda path: read_pretrained(str(path))):
+        with pytest.raises(ClipscaleError, match=r"config.yaml is not of the weights beside it: size mismatch"):
+            read(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-9])
+    for read in (clipscale.load, lambda path: read_pretrained(str(path))):
+        with pytest.raises(ClipscaleError, match=r"model.safetensors cannot be read"):
+            read(tmp_path)
