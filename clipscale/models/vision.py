@@ -84,10 +84,11 @@ def trunk_pool(name: str) -> str | None:
         trunk: Any = timm.create_model(name, num_classes=0)
     if isinstance(trunk, VisionTransformer):
         return str(trunk.global_pool)
-    places = (getattr(trunk, "head", None), trunk)
-    return next(
-        (pool.pool_type for place in places if hasattr(pool := getattr(place, "global_pool", None), "pool_type")), None
-    )
+    for place in (getattr(trunk, "head", None), trunk):
+        pool: Any = getattr(place, "global_pool", None)
+        if hasattr(pool, "pool_type"):
+            return str(pool.pool_type)
+    return None
 
 
 def _build_trunk(config: Model) -> Any:
