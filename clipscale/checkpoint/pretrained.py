@@ -271,8 +271,8 @@ def _directory(where: str, path: Path) -> Pretrained:
                 found = {key: of_channels(images.get(f"image_{key}")) for key in ("mean", "std")}
             told |= {key: value for key, value in found.items() if value is not None}
         return Pretrained(where, from_hf(read_weights(path, "")), told)
-    model, config = load_model(path)
-    return Pretrained(where, model.state_dict(), tell(model), load_tokenizer(find_checkpoint(path)[0], config))
+    model, trained = load_model(path)
+    return Pretrained(where, model.state_dict(), tell(model), load_tokenizer(find_checkpoint(path)[0], trained))
 
 
 def _tokenizer_beside(path: Path, config: Mapping[str, Any]) -> Tokenizer | None:
