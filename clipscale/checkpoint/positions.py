@@ -21,8 +21,10 @@ def fit_positions(model: CLIP, state: State) -> list[str]:
     """Bring the position embeddings in ``state`` to the sizes of the model's, in place; says of each what was done.
 
     Those of patches are interpolated on their square grid (bicubic, antialiased), as open_clip and timm do. Those of
-    captions are cut where the model's context is shorter, so that a caption that fits has the features it had, and
-    stretched (linearly) as open_clip does where it is longer. What is not of the model's width stays as it is.
+    captions are stretched (linearly) as open_clip does where the model's context is longer. Where it is shorter they
+    are cut, so that a caption that fits has the features it had, or, of a model that sees captions filled up to the
+    context, squeezed as open_clip does: no caption has the features it had, and the last position is
+    what it pools. What is not of the model's width stays as it is.
     """
     own, said = model.state_dict(), []
     for name, resize in _places(model):
@@ -32,7 +34,8 @@ def fit_positions(model: CLIP, state: State) -> list[str]:
         fitting = resize(found)
         if fitting is not None:
             state[name] = fitting
-            done = "cut" if name == TEXT and len(found) > len(fitting) else "interpolated"
+            cut = name == TEXT and len(found) > len(fitting) and not model.config.text.pad_to_context
+            done = "cut" if cut else "interpolated"
             said.append(f"{name} {done} from {found.shape[-2]} to {fitting.shape[-2]} positions")
     return said
 
@@ -46,7 +49,8 @@ def _places(model: CLIP) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.T
         prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
         yield "visual.trunk.pos_embed", lambda found: _on_grid(found, trunk.patch_embed.grid_size, prefix)
     if hasattr(model.text, "positional_embedding"):
-        yield TEXT, lambda found: _in_line(found, model.text.context_length)
+        squeezed = model.config.text.pad_to_context
+        yield TEXT, lambda found: _in_line(found, model.text.context_length, squeezed)
 
 
 def _on_grid(found: torch.Tensor, grid: tuple[int, int], prefix: int) -> torch.Tensor | None:
@@ -58,9 +62,9 @@ def _on_grid(found: torch.Tensor, grid: tuple[int, int], prefix: int) -> torch.T
     return rows.view(*found.shape[:-2], *rows.shape[-2:])
 
 
-def _in_line(found: torch.Tensor, length: int) -> torch.Tensor:
+def _in_line(found: torch.Tensor, length: int, squeezed: bool) -> torch.Tensor:
     """Float[length, d] of Float[L, d]."""
-    if length < len(found):
+    if length < len(found) and not squeezed:
         return found[:length]
     stretched = F.interpolate(found.float().T[None], size=length, mode="linear", align_corners=False)
     return stretched[0].T.to(found.dtype)

@@ -66,6 +66,21 @@ def test_a_shorter_context_keeps_the_features_of_what_fits() -> None:
         assert torch.equal(after.encode_text(ids, lengths), before.encode_text(ids, lengths))
 
 
+def test_a_shorter_context_that_is_filled_up_is_squeezed_as_open_clip_does() -> None:
+    config = resized(64, 8)
+    config.text.pad_to_context = True
+    found = small("tiny")[1].state_dict()
+    after, said = load(config, from_open_clip(found))
+    assert said == ["text.positional_embedding interpolated from 32 to 8 positions"]
+    theirs = open_clip.CLIP(
+        128,
+        dict(layers=4, width=128, head_width=32, patch_size=16, image_size=64),
+        dict(context_length=8, vocab_size=49408, width=128, heads=4, layers=2),
+    )
+    resize_text_pos_embed(found, theirs)
+    torch.testing.assert_close(after.text.positional_embedding.data, found["positional_embedding"], atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("timm", "prefix", "name"),
     [

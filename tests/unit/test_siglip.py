@@ -14,10 +14,13 @@ from torch import Tensor
 from clipscale.checkpoint.interop import from_hf, from_open_clip, to_hf, to_open_clip
 from clipscale.config import load_group
 from clipscale.config.model import Activation, Model, TextPool
+from clipscale.config.running import Parallel
 from clipscale.errors import ClipscaleError
 from clipscale.losses import siglip_loss
 from clipscale.models import CLIP, build_model
+from clipscale.parallel.parallelize import parallelize
 from tests.peers import hf_siglip, open_clip_siglip, siglip_config
+from tests.unit.test_gradients import WAYS
 
 
 class Captions(NamedTuple):
@@ -60,9 +63,10 @@ def step_of_hf(model: Any, images: Tensor, captions: Captions) -> Step:
     return Step(out.image_embeds, out.text_embeds, out.loss, from_hf(gradients(out.loss, model)))
 
 
-def our_step(model: CLIP, images: Tensor, captions: Captions, packed: bool) -> Step:
+def our_step(model: CLIP, images: Tensor, captions: Captions, packed: bool, way: str = "plain") -> Step:
     if packed:
-        image, text, _, scale, bias = model(images, captions.ids, captions.lengths)
+        module = parallelize(model, Parallel(**WAYS[way]), torch.device("cpu")).module
+        image, text, _, scale, bias = module(images, captions.ids, captions.lengths)
     else:
         image, text = model.encode_image(images, normalize=True), model.encode_text(captions.padded, normalize=True)
         scale, bias = model.temperature()
@@ -128,6 +132,15 @@ def test_a_step_is_that_of_the_other_library(peer: str, image: Activation, text:
         truth = step(other, images, captions)
         for packed in (True, False):
             assert_same(our_step(ours, images, captions, packed), truth)
+
+
+@pytest.mark.parametrize("way", ["checkpointed", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_a_step_in_other_ways(way: str) -> None:
+    config = siglip_config()
+    other, ours = open_clip_siglip(config), build_model(config, logit_scale=10.0, logit_bias=-10.0).eval()
+    ours.load_state_dict(from_open_clip(other.state_dict()))
+    images, captions = batch(config, LENGTHS["drawn"])
+    assert_same(our_step(ours, images, captions, True, way), step_of_open_clip(other, images, captions))
 
 
 @pytest.mark.slow
