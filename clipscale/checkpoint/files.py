@@ -72,8 +72,9 @@ def read_file(path: Path) -> State:
     try:
         if _is_safetensors(path):
             return load_file(path)
-        with warnings.catch_warnings(action="ignore"):  # a remark on TorchScript archives, which are refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        # An open file: by its name torch would take it for safetensors. Ignored is a remark on TorchScript archives.
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ClipscaleError(
             f"{path.name} is no file of tensors alone; a pickle of anything else could run code and is not read; save "

@@ -18,7 +18,7 @@ from clipscale.checkpoint.positions import fit_positions
 from clipscale.checkpoint.told import activation_of, of_channels, tell, told_by_hf, told_by_open_clip
 from clipscale.checkpoint.trunk import download_timm, of_timm
 from clipscale.config import config_dir, load_group
-from clipscale.config.hub import fetch, unavailable
+from clipscale.config.hub import asking_hub, fetch, unavailable
 from clipscale.config.model import Activation, Model
 from clipscale.data.tokenizer import HF, Tokenizer
 from clipscale.errors import ClipscaleError, ConfigError
@@ -222,7 +222,8 @@ def _open_clip(where: str) -> Pretrained:
     model_of_open_clip(config)  # refuses what cannot be loaded before it is downloaded
     logging.disable(logging.ERROR)  # open_clip logs what it then raises
     try:
-        model = open_clip.create_model(name, pretrained=tag)
+        with asking_hub():
+            model = open_clip.create_model(name, pretrained=tag)
     except Exception as error:
         raise unavailable(error) from None
     finally:
@@ -234,7 +235,8 @@ def _open_clip(where: str) -> Pretrained:
 
 def _timm(where: str) -> Pretrained:
     try:
-        return Pretrained(where, *of_timm(download_timm(where.removeprefix("timm:"))))
+        with asking_hub():
+            return Pretrained(where, *of_timm(download_timm(where.removeprefix("timm:"))))
     except ClipscaleError:
         raise
     except Exception as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +18,7 @@ def require_transformers(setting: str) -> None:
         raise ConfigError(f"{setting} needs Hugging Face's transformers: pip install 'clipscale[hf]'")
 
 
+REACH_S = 10.0  # for the first answer of the hub
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -39,9 +42,45 @@ def fetch(name: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
+        with asking_hub():
+            return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:
         raise unavailable(error) from None
+
+
+@contextmanager
+def asking_hub() -> Iterator[None]:
+    """Within it, the Hugging Face hub is asked for what is not on this machine, or at once only for what is.
+
+    Its library tries each file for a minute or two where there is no network, and warns each time: here one request
+    shows first whether there is one.
+    """
+    from huggingface_hub import constants
+
+    logger, offline = logging.getLogger("huggingface_hub"), constants.HF_HUB_OFFLINE
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    silent = not offline and not _reachable()
+    constants.HF_HUB_OFFLINE = offline or silent
+    try:
+        yield
+    except Exception as error:
+        if silent and not isinstance(error, ClipscaleError):
+            raise OSError(f"{constants.ENDPOINT} does not answer") from error
+        raise
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        logger.setLevel(level)
+
+
+def _reachable() -> bool:
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=REACH_S)
+    except Exception:  # of whatever HTTP library it uses
+        return False
+    return True
 
 
 def unavailable(error: Exception) -> ClipscaleError:
