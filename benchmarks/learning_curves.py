@@ -1,12 +1,13 @@
 """Equal samples, equal batches: does clipscale learn as open_clip does?
 
-    python benchmarks/learning_curves.py run DATA_ROOT --experiment emoji --seed 0 --out DIR [--steps 400]
+    python benchmarks/learning_curves.py run DATA_ROOT --experiment emoji --seed 0 --out DIR [--same-start]
     python benchmarks/learning_curves.py plot DIR --picture curves.png
 
 ``run`` trains two models side by side on the very same batches: clipscale's, by its own training step, and open_clip's
 ``CLIP`` with open_clip's ``ClipLoss``, the optimizer that its training script makes, and its schedule. Each starts from
-its own library's initialisation with that seed. Both are evaluated by the same code: the peer's weights are renamed for
-it, nothing else. ``plot`` draws all runs of a directory and prints each metric's mean and spread over seeds.
+its own library's initialisation with that seed, or with ``--same-start`` both from open_clip's. Both are evaluated by
+the same code: the peer's weights are renamed for it, nothing else. ``plot`` draws all runs of a directory and prints
+each metric's mean and spread over seeds.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def padded(batch: Batch, context: int) -> torch.Tensor:
     return ids
 
 
-def run(root: str, experiment: str, seed: int, steps: int) -> list[dict]:
+def run(root: str, experiment: str, seed: int, steps: int, same_start: bool = False) -> list[dict]:
     """Rows ``{side, step, loss | metric: value}`` of both sides trained on the same batches."""
     overrides = [f"experiment={experiment}", f"data.root={root}", f"seed={seed}", "data.workers=0"]
     config, _ = compose(overrides)
@@ -135,7 +136,10 @@ def run(root: str, experiment: str, seed: int, steps: int) -> list[dict]:
     ]
     with tempfile.TemporaryDirectory() as runs:
         config = open_run(*compose([*overrides, f"runs_dir={runs}"]), overrides).config
-    sides = {"clipscale": Ours(config), "open_clip": OpenClip(config)}
+    ours, theirs = Ours(config), OpenClip(config)
+    if same_start:
+        ours.step.model.load_state_dict(from_open_clip(theirs.net.state_dict()))
+    sides = {"clipscale": ours, "open_clip": theirs}
     rows: list[dict] = []
     losses: dict[str, list[float]] = defaultdict(list)
     for number, batch in enumerate(islice(batches(config), steps)):
@@ -216,6 +220,7 @@ def main() -> None:
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--steps", type=int, default=400)
     one.add_argument("--out", type=Path, required=True, help="directory for the rows of each run")
+    one.add_argument("--same-start", action="store_true", help="give clipscale open_clip's first weights")
     plot = commands.add_parser("plot")
     plot.add_argument("folder", type=Path)
     plot.add_argument("--picture", type=Path, default=Path("curves.png"))
@@ -223,7 +228,7 @@ def main() -> None:
     if options.command == "plot":
         summarise(options.folder, options.picture)
         return
-    rows = run(options.root, options.experiment, options.seed, options.steps)
+    rows = run(options.root, options.experiment, options.seed, options.steps, options.same_start)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{options.experiment}-seed{options.seed}.json").write_text(json.dumps(rows))
 
