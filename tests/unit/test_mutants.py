@@ -135,7 +135,8 @@ def copy_to(directory: Path) -> Path:
 def properties_of(directory: Path) -> subprocess.CompletedProcess[str]:
     """Run the tests of the order in a copy, up to the first failure."""
     arguments = ["-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", PROPERTIES]
-    environment = os.environ | {"PYTHONPATH": str(directory), "CLIPSCALE_SLOW": "0"}
+    # Options of the outer run are not for this one: on several processes, -x ends with another code.
+    environment = os.environ | {"PYTHONPATH": str(directory), "CLIPSCALE_SLOW": "0", "PYTEST_ADDOPTS": ""}
     return subprocess.run(
         [sys.executable, *arguments], cwd=directory, env=environment, capture_output=True, text=True, timeout=600
     )
