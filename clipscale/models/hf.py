@@ -19,7 +19,7 @@ from clipscale.config.hub import fetch, require_transformers
 from clipscale.config.model import HFPool, HFProjection, Text
 from clipscale.errors import ClipscaleError, ConfigError
 from clipscale.models.groups import STEP
-from clipscale.models.packing import Packing, check_lengths
+from clipscale.models.packing import Packing, check_lengths, find_ends, unpad
 
 CONFIG = "config.json"
 # Kinds that cannot be trained on captions, and why.
@@ -70,8 +70,7 @@ class HFTextTower(nn.Module):
         As :meth:`clipscale.models.text.TextTower.forward`.
         """
         packing = lengths if isinstance(lengths, Packing) else self.packing(lengths)
-        if packing.real != len(ids):
-            raise ValueError(f"the captions have {packing.real} tokens by their lengths, but there are {len(ids)}")
+        packing.require(ids)
         (shape,) = packing.groups
         padded = F.pad(ids.long(), (0, 1), value=self.pad_id).index_select(0, packing.tokens).view(shape)
         real = (packing.tokens < packing.real).view(shape)
@@ -104,17 +103,11 @@ class HFTextTower(nn.Module):
 
         Raises ValueError for a row without one.
         """
-        ends = padded == self.eot_id
-        if not bool(ends.any(dim=1).all()):
-            raise ValueError(
-                f"a caption has no end-of-text token ({self.eot_id}); was it made by this model's tokenizer?"
-            )
         # The last, because some tokenizers begin captions with the token that ends them (OPT); others pad with it.
-        backwards = ends.flip(1).int()
+        backwards = find_ends(padded, self.eot_id).flip(1).int()
         filling = backwards.cumprod(dim=1).sum(dim=1)
         lengths = padded.shape[1] - torch.where(filling > 0, filling - 1, backwards.argmax(dim=1))
-        keep = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
-        return padded[keep], lengths
+        return unpad(padded, lengths)
 
     @torch.no_grad()
     def draw(self, seed: int) -> None:

@@ -99,6 +99,11 @@ class Packing:
             for own, (_, size) in zip(lengths, self.groups, strict=True)
         )
 
+    def require(self, ids: torch.Tensor) -> None:
+        """Raise ValueError for packed ids Int[T] of other captions."""
+        if self.real != len(ids):
+            raise ValueError(f"the captions have {self.real} tokens by their lengths, but there are {len(ids)}")
+
     def split(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """Views of Float[T, …], one per group: Float[captions, tokens each, …]."""
         parts = x.split([count * size for count, size in self.groups])
@@ -116,6 +121,20 @@ def check_lengths(lengths: torch.Tensor, context_length: int) -> int:
     if shortest < 1:
         raise ValueError("a caption has no token, not even its end")
     return longest
+
+
+def find_ends(padded: torch.Tensor, eot_id: int) -> torch.Tensor:
+    """Where end-of-text tokens stand in padded ids Int[B, L], Bool[B, L]. Raises ValueError for a row without one."""
+    ends = padded == eot_id
+    if not bool(ends.any(dim=1).all()):
+        raise ValueError(f"a caption has no end-of-text token ({eot_id}); was it made by this model's tokenizer?")
+    return ends
+
+
+def unpad(padded: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first ``lengths`` Int[B] of padded ids Int[B, L], packed Int[T], and those lengths."""
+    keep = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+    return padded[keep], lengths
 
 
 def _to(device: torch.device, tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:

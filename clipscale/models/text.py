@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clipscale.config.model import Activation, Text, TextPool
-from clipscale.models.packing import Packing, attend, attend_from, check_lengths, has_kernel, mean
+from clipscale.models.packing import Packing, attend, attend_from, check_lengths, find_ends, has_kernel, mean, unpad
 
 FILL = 256  # tokens; few shapes to compile for, and little that is computed for nothing
 
@@ -148,8 +148,7 @@ class TextTower(nn.Module):
         be given here instead. Raises ValueError as that does, and for lengths that are not those of ``ids``.
         """
         packing = lengths if isinstance(lengths, Packing) else self.packing(lengths)
-        if packing.real != len(ids):
-            raise ValueError(f"the captions have {packing.real} tokens by their lengths, but there are {len(ids)}")
+        packing.require(ids)
         if self.config.pad_to_context:
             ids = F.pad(ids, (0, 1), value=self.config.pad_id)
         x = self.token_embedding(ids.index_select(0, packing.tokens))
@@ -183,11 +182,4 @@ class TextTower(nn.Module):
 
         Raises ValueError for a row without one.
         """
-        ends = padded == self.eot_id
-        if not bool(ends.any(dim=1).all()):
-            raise ValueError(
-                f"a caption has no end-of-text token ({self.eot_id}); was it made by this model's tokenizer?"
-            )
-        lengths = ends.int().argmax(dim=1) + 1
-        keep = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
-        return padded[keep], lengths
+        return unpad(padded, find_ends(padded, self.eot_id).int().argmax(dim=1) + 1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from clipscale.config import Config
 from clipscale.data.embeddings import StoredTeacher, read_embeddings
@@ -11,6 +12,8 @@ from clipscale.data.manifest import ShardFile, Summary
 from clipscale.data.samples import BadSample, Member, find_label, find_negatives, list_members
 from clipscale.data.stream import read_samples
 from clipscale.errors import DataError
+
+T = TypeVar("T")
 
 MOST_SHARDS, MOST_SAMPLES = 64, 2048  # that are looked at, where nothing is found before
 
@@ -44,20 +47,18 @@ def require_negatives(files: Sequence[ShardFile], summaries: Sequence[Summary], 
 
 def require_labels(files: Sequence[ShardFile], summaries: Sequence[Summary], key: str, classes: int) -> None:
     """Raise DataError when no sample that is looked at has the index of a class."""
-    reasons, held = Counter[str](), ""
-    for sample in _some(files, summaries):
-        try:
-            if 0 <= find_label(sample, key) < classes:
-                return
-            reasons[f"label outside of the {classes} classes"] += 1
-        except BadSample as error:
-            reasons[str(error)] += 1
-        held = held or _on_one_line(list_members(sample))
-    found = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
-    raise DataError(
-        f"data.label_key={key}: no sample that was looked at has a class there ({found or 'no sample'}); the "
-        f"first holds {held or 'nothing'}"
-    )
+
+    def read(sample: Member) -> int:
+        label = find_label(sample, key)
+        if not 0 <= label < classes:
+            raise BadSample(f"label outside of the {classes} classes")
+        return label
+
+    label, why, held = _first(files, summaries, read)
+    if label is None:
+        raise DataError(
+            f"data.label_key={key}: no sample that was looked at has a class there ({why}); the first holds {held}"
+        )
 
 
 def find_teacher(files: Sequence[ShardFile], summaries: Sequence[Summary], image: str, text: str) -> StoredTeacher:
@@ -65,21 +66,38 @@ def find_teacher(files: Sequence[ShardFile], summaries: Sequence[Summary], image
 
     Raises DataError when none that is looked at does.
     """
+
+    def read(sample: Member) -> StoredTeacher:
+        vectors = read_embeddings(sample, image), read_embeddings(sample, text)
+        if vectors[0].shape[1] != vectors[1].shape[1]:
+            raise BadSample("image and text of different dimensions")
+        return StoredTeacher(image, text, vectors[0].shape[1])
+
+    teacher, why, held = _first(files, summaries, read)
+    if teacher is None:
+        raise DataError(
+            f"loss.teachers: no sample that was looked at holds embeddings in {image} and {text} ({why}); the first "
+            f"holds {held}"
+        )
+    return teacher
+
+
+def _first(
+    files: Sequence[ShardFile], summaries: Sequence[Summary], read: Callable[[Member], T]
+) -> tuple[T | None, str, str]:
+    """What ``read`` gives of the first sample that it raises no BadSample for; and until then, why it did for how many,
+    and what the first of them holds."""
     reasons, held = Counter[str](), ""
+    found = None
     for sample in _some(files, summaries):
         try:
-            vectors = read_embeddings(sample, image), read_embeddings(sample, text)
-            if vectors[0].shape[1] == vectors[1].shape[1]:
-                return StoredTeacher(image, text, vectors[0].shape[1])
-            reasons["image and text of different dimensions"] += 1
+            found = read(sample)
+            break
         except BadSample as error:
             reasons[str(error)] += 1
         held = held or _on_one_line(list_members(sample))
-    found = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
-    raise DataError(
-        f"loss.teachers: no sample that was looked at holds embeddings in {image} and {text} ({found or 'no sample'}); "
-        f"the first holds {held or 'nothing'}"
-    )
+    why = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
+    return found, why or "no sample", held or "nothing"
 
 
 def _some(files: Sequence[ShardFile], summaries: Sequence[Summary]) -> Iterator[Member]:
