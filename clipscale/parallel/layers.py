@@ -20,16 +20,13 @@ def layer_groups(model: CLIP) -> dict[str, list[list[str]]]:
     the attention pool): the order of open_clip's ``--lock-image-unlocked-groups``. What stands between two blocks goes
     with the second; a tower without blocks is one group and its projection.
     """
-    names = [name for name, _ in model.named_parameters()]
-    return {
-        tower: _group(tower, blocks, {id(p): name for name, p in model.named_parameters()}, names)
-        for tower, blocks in find_blocks(model).items()
-    }
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {tower: _group(tower, blocks, names) for tower, blocks in find_blocks(model).items()}
 
 
-def _group(tower: str, blocks: list[nn.Module], name_of: dict[int, str], names: list[str]) -> list[list[str]]:
-    block_of = {name_of[id(p)]: i for i, block in enumerate(blocks, 1) for p in block.parameters()}
-    mine = [name for name in names if name.startswith(f"{tower}.")]
+def _group(tower: str, blocks: list[nn.Module], names: dict[int, str]) -> list[list[str]]:
+    block_of = {names[id(p)]: i for i, block in enumerate(blocks, 1) for p in block.parameters()}
+    mine = [name for name in names.values() if name.startswith(f"{tower}.")]
     has_projection = any(name.startswith(f"{tower}.proj.") for name in mine)
     groups: list[list[str]] = [[] for _ in range(len(blocks) + 2)]
     passed = 0  # blocks that have begun: parameters are registered in the order in which they are used
