@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import open_clip
@@ -32,6 +33,12 @@ def scramble(model: torch.nn.Module) -> None:
         if tensor.is_floating_point():
             noise = torch.randn(tensor.shape, generator=generator) * 0.02
             tensor.copy_(noise.abs() + 0.5 if "running_var" in name else tensor + noise)
+
+
+def same_state(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
 
 
 def pair(size: int, context: int = 77) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +23,21 @@ from clipscale.models import CLIP, Classifier, build_model
 from clipscale.trainer.build import build_store, start_head
 
 
+@dataclass(frozen=True)
+class _End:
+    """A model to start from, as ``init.weights`` takes it."""
+
+    where: str
+
+
+@dataclass(frozen=True)
+class _Own(_End):
+    """One that is clipscale's, and so has a configuration."""
+
+    checkpoint: Path
+    config: Config
+
+
 def interpolate(first: str, second: str, alphas: Sequence[float], out: Path, classes: str | None, device: str) -> None:
     """Write ``(1 - alpha) * first + alpha * second`` as ``clipscale export --to safetensors`` writes a model.
 
@@ -37,28 +53,36 @@ def interpolate(first: str, second: str, alphas: Sequence[float], out: Path, cla
         raise ConfigError(f"--alpha: two models would be {out / twice}; give numbers that differ in six digits")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} holds something already; choose a new directory")
-    ends = [(where, _config_of(where)) for where in (first, second)]
-    known = [(where, config) for where, config in ends if config is not None]
+    ends = [_find(where) for where in (first, second)]
+    known = [end for end in ends if isinstance(end, _Own)]
     if not known:
         raise ConfigError(f"neither {first} nor {second} is clipscale's; train, or evaluate, from one of them first")
-    tokenizers = {where: load_tokenizer(find_checkpoint(Path(where))[0], config) for where, config in known}
+    tokenizers = {end.where: load_tokenizer(end.checkpoint, end.config) for end in known}
     _check_tokenizers(tokenizers)
     # That of the classifier, or else of the second: what it was trained to is what is kept of the configuration.
-    with_head = [(where, config) for where, config in known if config.model.classes is not None]
-    kept, config = (with_head or known)[-1]
+    kept = ([end for end in known if end.config.model.classes is not None] or known)[-1]
+    config = kept.config
     model = build_model(config.model, logit_bias=config.loss.first_bias)
-    one, other = (_read(model, where, its, config, tokenizers[kept], classes, device) for where, its in ends)
+    middle = _Middle(model, config, tokenizers[kept.where], classes, device)
+    one, other = (middle.read(end) for end in ends)
     for alpha, name in zip(alphas, names, strict=True):
         place = out if len(alphas) == 1 else out / name
         model.load_state_dict({name: _between(tensor, other[name], alpha) for name, tensor in one.items()})
         try:
             place.mkdir(parents=True, exist_ok=True)
             write_safetensors(model, config, place)
-            copy_tokenizer(find_checkpoint(Path(kept))[0], place)
+            copy_tokenizer(kept.checkpoint, place)
             (place / "README.md").write_text(_card(config, alpha, first, second, place))
         except OSError as error:
             raise ClipscaleError(f"--out {place} cannot be written: {error.strerror}") from None
         print(f"{place}: {1 - alpha:g} of {first}, {alpha:g} of {second}")
+
+
+def _find(where: str) -> _End:
+    try:
+        return _Own(where, *find_checkpoint(Path(where)))
+    except ClipscaleError:
+        return _End(where)  # of another library, or nothing: reading it will tell
 
 
 def _between(one: torch.Tensor, other: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -66,13 +90,6 @@ def _between(one: torch.Tensor, other: torch.Tensor, alpha: float) -> torch.Tens
     if alpha in (0, 1) or not one.is_floating_point():
         return other if alpha >= 0.5 else one
     return torch.lerp(one, other, alpha)
-
-
-def _config_of(where: str) -> Config | None:
-    try:
-        return find_checkpoint(Path(where))[1]
-    except ClipscaleError:
-        return None  # of another library, or nothing: reading it will tell
 
 
 def _check_tokenizers(tokenizers: Mapping[str, Tokenizer]) -> None:
@@ -83,57 +100,52 @@ def _check_tokenizers(tokenizers: Mapping[str, Tokenizer]) -> None:
         )
 
 
-def _read(
-    model: CLIP,
-    where: str,
-    its: Config | None,
-    config: Config,
-    tokenizer: Tokenizer,
-    classes: str | None,
-    device: str,
-) -> State:
-    """The weights of one end in the names and shapes of ``model``, copied."""
-    try:
-        found = read_pretrained(where)
-        # Of a classifier, it is the same for all classes, and so none.
-        if (BIAS in found.state) != (BIAS in model.state_dict()) and not isinstance(model, Classifier):
-            raise ClipscaleError(f"{where}: one end has a bias on its logits, and the other has none")
-        load_pretrained(model, found)
-        # What training would start without, or take from elsewhere, would here be the other end's, or a random one.
-        for name in model.state_dict():
-            if name not in found.state and name != BIAS and not name.startswith(HEAD):
-                raise ClipscaleError(f"{where} holds a part of the model alone, without {name}; name a whole model")
-    except ClipscaleError as error:
-        raise ClipscaleError(str(error).replace(f"init.weights={where}", where)) from None
-    if isinstance(model, Classifier):
-        _read_head(model, found.state, where, its, config, tokenizer, classes, device)
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+@dataclass(frozen=True)
+class _Middle:
+    """What lies between the ends: a model, whose weights are read from either."""
 
+    model: CLIP
+    config: Config
+    tokenizer: Tokenizer
+    classes: str | None
+    device: str
 
-def _read_head(
-    model: Classifier,
-    state: State,
-    where: str,
-    its: Config | None,
-    config: Config,
-    tokenizer: Tokenizer,
-    classes: str | None,
-    device: str,
-) -> None:
-    """The head of a classifier, or the one that the towers of another model have without training."""
-    if its is not None and its.model.classes is not None:
-        if its.model.classes != config.model.classes:
-            raise ConfigError(f"{where} tells other classes apart than the other end: their heads do not mix")
-        model.head.load_state_dict({name.removeprefix(HEAD): t for name, t in state.items() if name.startswith(HEAD)})
-        return
-    file = classes or config.data.zeroshot.classes
-    if file is None:
-        raise ConfigError(f"{where} has no head: name the prompts of its classes, --classes FILE.json")
-    named = Classes.load(build_store(config), file if classes else resolve(file, config.data.root))
-    named.agree(model.config.classes or ())
-    runtime = start(device, config.distributed.timeout_s)
-    start_head(config, model.to(runtime.device), named, tokenizer, runtime.device)
-    model.cpu()
+    def read(self, end: _End) -> State:
+        """The weights of one end in the names and shapes of the model, copied."""
+        model, where = self.model, end.where
+        try:
+            found = read_pretrained(where)
+            # Of a classifier, it is the same for all classes, and so none.
+            if (BIAS in found.state) != (BIAS in model.state_dict()) and not isinstance(model, Classifier):
+                raise ClipscaleError(f"{where}: one end has a bias on its logits, and the other has none")
+            load_pretrained(model, found)
+            # What training would start without, or take from elsewhere, would here be the other end's, or a random one.
+            for name in model.state_dict():
+                if name not in found.state and name != BIAS and not name.startswith(HEAD):
+                    raise ClipscaleError(f"{where} holds a part of the model alone, without {name}; name a whole model")
+        except ClipscaleError as error:
+            raise ClipscaleError(str(error).replace(f"init.weights={where}", where)) from None
+        if isinstance(model, Classifier):
+            self._read_head(model, end, found.state)
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def _read_head(self, model: Classifier, end: _End, state: State) -> None:
+        """The head of a classifier, or the one that the towers of another model have without training."""
+        config = self.config
+        if isinstance(end, _Own) and end.config.model.classes is not None:
+            if end.config.model.classes != config.model.classes:
+                raise ConfigError(f"{end.where} tells other classes apart than the other end: their heads do not mix")
+            head = {name.removeprefix(HEAD): tensor for name, tensor in state.items() if name.startswith(HEAD)}
+            model.head.load_state_dict(head)
+            return
+        file = self.classes or config.data.zeroshot.classes
+        if file is None:
+            raise ConfigError(f"{end.where} has no head: name the prompts of its classes, --classes FILE.json")
+        named = Classes.load(build_store(config), file if self.classes else resolve(file, config.data.root))
+        named.agree(model.config.classes or ())
+        runtime = start(self.device, config.distributed.timeout_s)
+        start_head(config, model.to(runtime.device), named, self.tokenizer, runtime.device)
+        model.cpu()
 
 
 def _card(config: Config, alpha: float, first: str, second: str, out: Path) -> str:

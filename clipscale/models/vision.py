@@ -66,8 +66,7 @@ def trunk_activation(name: str) -> str | None:
 
     One of the values of :class:`clipscale.config.model.Activation`.
     """
-    with torch.device("meta"):
-        trunk: Any = timm.create_model(name, num_classes=0)
+    trunk = _told_nothing(name)
     if not isinstance(trunk, VisionTransformer):
         return None
     first: Any = trunk.blocks[0]
@@ -80,8 +79,7 @@ def trunk_pool(name: str) -> str | None:
 
     None where it does not say.
     """
-    with torch.device("meta"):
-        trunk: Any = timm.create_model(name, num_classes=0)
+    trunk = _told_nothing(name)
     if isinstance(trunk, VisionTransformer):
         return str(trunk.global_pool)
     for place in (getattr(trunk, "head", None), trunk):
@@ -89,6 +87,11 @@ def trunk_pool(name: str) -> str | None:
         if hasattr(pool, "pool_type"):
             return str(pool.pool_type)
     return None
+
+
+def _told_nothing(name: str) -> Any:
+    with torch.device("meta"):
+        return timm.create_model(name, num_classes=0)
 
 
 def _build_trunk(config: Model) -> Any:

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipscale.checkpoint.interop import from_open_clip
+from clipscale.checkpoint.interop import from_open_clip, to_open_clip
 from clipscale.config import load_group
 from clipscale.config.model import Model
 from clipscale.config.running import Parallel
 from clipscale.losses import clip_loss
 from clipscale.models import CLIP
 from clipscale.parallel.parallelize import parallelize
-from tests.peers import SMALL, scramble, small
+from tests.peers import SMALL, same_state, scramble, small
 
 FEATURES, LOSS, GRADIENT = 1e-5, 1e-6, 1e-5
 WAYS = {
@@ -197,8 +197,13 @@ def test_real_towers_have_open_clips_gradients(name: str, kind: str) -> None:
     captions = Captions.of(lengths_of(kind, config), config)
     images = pictures(config, captions, other)
     truth, state = their_step(other, images, captions), from_open_clip(other.state_dict())
-    del other
     for way in WAYS:
         model = CLIP(config).eval()
         model.load_state_dict(state, assign=True)
+        same_state(to_open_clip(model.state_dict()), other.state_dict())
+        if (name, way) == ("rn50", "compiled"):
+            # A ReLU's derivative jumps at zero. Of 43,753,472 inputs 5 have another sign in float32 than in float64, by
+            # which open_clip itself is 8e-4 off the true gradient; fused kernels round, and turn signs, otherwise.
+            model, images = model.double(), images.double()
+            truth = their_step(other.double(), images, captions)
         compare(model, way, images, captions, truth, f"{name} | {kind}")

@@ -15,7 +15,7 @@ from clipscale.config import load_group
 from clipscale.config.model import Model
 from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP
-from tests.peers import SMALL, assert_same_features, hf_model, pair, small
+from tests.peers import SMALL, assert_same_features, hf_model, pair, same_state, scramble, small
 
 # Of each family that open_clip has, the twin that it is.
 TWINS = {
@@ -44,12 +44,6 @@ def theirs(name: str) -> Any:
     config = open_clip.get_model_config(TWINS[name])
     config.pop("custom_text", None)
     return (open_clip.CustomTextCLIP if "SigLIP" in TWINS[name] else open_clip.CLIP)(**config)
-
-
-def same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -122,6 +116,20 @@ def test_features_are_hugging_faces_and_no_bit_changes() -> None:
     ours.load_state_dict(from_hf(other.state_dict()))
     same_state(to_hf(ours.state_dict()), other.state_dict())
     batch = pair(64, 32)
+    out = other(pixel_values=batch[0], input_ids=batch[1])
+    assert_same_features(ours, out.image_embeds, out.text_embeds, batch)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_hugging_faces_model_of_the_real_size() -> None:
+    transformers = pytest.importorskip("transformers")
+    other = transformers.CLIPModel(transformers.CLIPConfig()).eval()  # ViT-B/32
+    scramble(other)
+    ours = CLIP(load_group("model", "vit_b_32_quickgelu", Model)).eval()
+    ours.load_state_dict(from_hf(other.state_dict()))
+    same_state(to_hf(ours.state_dict()), other.state_dict())
+    batch = pair(224)
     out = other(pixel_values=batch[0], input_ids=batch[1])
     assert_same_features(ours, out.image_embeds, out.text_embeds, batch)
 

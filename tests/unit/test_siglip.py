@@ -19,7 +19,7 @@ from clipscale.errors import ClipscaleError
 from clipscale.losses import siglip_loss
 from clipscale.models import CLIP, build_model
 from clipscale.parallel.parallelize import parallelize
-from tests.peers import hf_siglip, open_clip_siglip, siglip_config
+from tests.peers import hf_siglip, open_clip_siglip, same_state, siglip_config
 from tests.unit.test_gradients import WAYS
 
 
@@ -95,12 +95,6 @@ def assert_same(found: Step, truth: Step) -> None:
     print(f"features {features:.1e}, loss {loss:.1e}, gradient {relative[worst]:.1e} ({worst})")
 
 
-def same_state(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
-
-
 Peer = tuple[Callable[..., Any], Callable[..., Step], Callable[..., Any], Callable[..., Any]]
 PEERS: dict[str, Peer] = {
     "open_clip": (open_clip_siglip, step_of_open_clip, from_open_clip, to_open_clip),
@@ -159,6 +153,8 @@ def test_a_step_of_the_real_size_is_that_of_the_other_library(peer: str) -> None
     same_state(to_theirs(ours.state_dict()), state)
     for packed in (True, False):
         assert_same(our_step(ours, images, captions, packed), truth)
+    for way in WAYS:
+        assert_same(our_step(ours, images, captions, True, way), truth)
 
 
 def test_captions_of_full_length_need_no_padding() -> None:

@@ -24,7 +24,11 @@ READS = {
 }  # fmt: skip
 # Lengths of captions lie on the host, whatever the device. Losses look at their numbers on CPUs alone, but for teachers
 # and smoothing: the tests of their kernels take them through a GPU without contents.
-ON_THE_HOST = ("data/loader.py", "models/packing.py", "models/text.py", "losses/")
+ON_THE_HOST = {
+    "data/loader.py:<listcomp>", "models/packing.py:of", "models/packing.py:<genexpr>",
+    "losses/softmax.py:forward", "losses/softmax.py:exp", "losses/sigmoid.py:_softplus",
+    "losses/globalbatch.py:_has_duplicates",
+}  # fmt: skip
 OVER_ALL = {
     aten._foreach_norm.Scalar,
     aten._foreach_mul_.Tensor,
@@ -44,8 +48,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls[func] += 1
         if func in READS:
-            files = [frame.filename for frame in traceback.extract_stack() if frame.filename.startswith(f"{PACKAGE}/")]
-            self.read.add(str(Path(files[-1]).relative_to(PACKAGE)))
+            place = [frame for frame in traceback.extract_stack() if frame.filename.startswith(f"{PACKAGE}/")][-1]
+            self.read.add(f"{Path(place.filename).relative_to(PACKAGE)}:{place.name}")
         return func(*args, **(kwargs or {}))
 
 
@@ -66,9 +70,9 @@ def test_a_step_reads_nothing_back(option: str) -> None:
     step.zero_grad()
     with Watch() as seen:
         step(batch, 16, 1e-3)
-    assert all(place.startswith(ON_THE_HOST) for place in seen.read), seen.read
+    assert seen.read <= ON_THE_HOST, seen.read
     # One operation for all parameters, or for each group of the optimizer: as many launches, however deep the model.
     assert all(1 <= seen.calls[one] <= 2 for one in OVER_ALL), seen.calls
     with Watch() as seen:
         step.grad_norm()
-    assert seen.read == {"trainer/step.py"}  # this one is asked for when a step is logged
+    assert seen.read == {"trainer/step.py:grad_norm"}  # this one is asked for when a step is logged
