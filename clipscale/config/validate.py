@@ -32,7 +32,7 @@ def usable_processes(streams: int, world: int) -> int:
 
 def validate(config: Config) -> None:
     """Check that this configuration can be run. Raises ConfigError that lists all that is wrong."""
-    checks = (_sizes, _batch, _microbatches, _data, _text, _loss, _training, _lock, _classifier)
+    checks = (_sizes, _batch, _checkpoint, _microbatches, _data, _text, _loss, _training, _lock, _classifier)
     found = [mistake for check in checks for mistake in check(config)]
     if len(found) == 1:
         raise ConfigError(found[0])
@@ -82,6 +82,20 @@ def _sizes(config: Config) -> Iterator[str]:
         yield f"data.workers={config.data.workers} must be 0 or more"
     if config.data.window is not None and config.data.window < 1:
         yield f"data.window={config.data.window} must be 1 or more; null chooses it"
+
+
+def _checkpoint(config: Config) -> Iterator[str]:
+    given = config.checkpoint
+    for key in ("every_samples", "every_minutes", "keep_every_samples"):
+        if (getattr(given, key) or 0) < 0:
+            yield f"checkpoint.{key}={getattr(given, key)} must be above 0; null turns it off"
+    for key in ("dir", "resume_from", "best_metric"):
+        if getattr(given, key) == "":
+            yield f"checkpoint.{key}='' names nothing; null turns it off"
+    if given.dir is not None and "://" in given.dir and not given.dir.startswith(("s3://", "gs://", "az://")):
+        yield f"checkpoint.dir={given.dir} cannot be written to; use a directory, s3://…, gs://… or az://…"
+    if given.best_metric is not None and not given.best_metric.startswith("val/"):
+        yield f"checkpoint.best_metric={given.best_metric} is no metric of an evaluation, e.g. val/zeroshot/top1"
 
 
 def _batch(config: Config) -> Iterator[str]:

@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 
 from clipscale.checkpoint import TOKENIZER, Checkpointer, Saved
+from clipscale.checkpoint.places import CHECKPOINTS, home
 from clipscale.config import Config, save_config
 from clipscale.config.fields import leaves
 from clipscale.config.model import HeadStart
 from clipscale.config.resume import value_of
 from clipscale.config.rundir import append_rows, count_events, log_event, write_result
 from clipscale.config.schema import Config as Schema
+from clipscale.data.io import ShardStore
 from clipscale.data.loader import Batch
 from clipscale.distributed.collectives import gather, total, world_size
 from clipscale.distributed.faults import StopRequest
@@ -28,7 +30,7 @@ from clipscale.evals import build_evaluators
 from clipscale.models import Classifier, build_model
 from clipscale.optim import Ema, build_optimizer, configure, learning_rate
 from clipscale.parallel import build_scaler, heights, lock, parallelize
-from clipscale.telemetry import Meters, Sinks, evaluated_at, last_values
+from clipscale.telemetry import Meters, Sinks, evaluated_at, last_values, read_run_id, write_run_id
 from clipscale.trainer.account import Account, listed
 from clipscale.trainer.build import (
     build_loader,
@@ -43,6 +45,7 @@ from clipscale.trainer.build import (
     start_from,
     start_head,
 )
+from clipscale.trainer.keeping import make_own, mark_best, mark_kept, record_elsewhere
 from clipscale.trainer.objective import build_objective
 from clipscale.trainer.opening import tell_start
 from clipscale.trainer.step import TrainStep
@@ -57,9 +60,17 @@ class Trainer:
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
         self.path = run_path(config)
-        self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
+        place, keep_last = f"{home(config)}/{CHECKPOINTS}", config.checkpoint.keep_last
+        self.checkpoints = Checkpointer(place, keep_last, ShardStore(config.storage), self.path / "scratch")
         self.tokenizer = read_tokenizer(config, runtime)
-        self.newest = newest = self.checkpoints.newest()
+        self.from_elsewhere = False
+        # What a run starts from, in this order: its own newest checkpoint that is whole, checkpoint.resume_from,
+        # init.weights, and what its seed draws.
+        newest = self.checkpoints.newest()
+        if newest is None and config.checkpoint.resume_from is not None:
+            newest = self.checkpoints.elsewhere(config.checkpoint.resume_from)
+            self.from_elsewhere = True
+        self.newest = newest
         taught_by = newest.manifest().saved.teachers if newest else []
         teachers = once_per_node(runtime, lambda: pin_teachers(config, self.tokenizer, taught_by))
         self.data = place_data(config.data, runtime)
@@ -253,6 +264,8 @@ class Trainer:
                 values |= evaluator.run(context)
         self._emit(values)
         self.meters.restart()
+        if mark_best(self.saved, self.config.checkpoint.best_metric, values):
+            self._save()  # unless this step has been saved
 
     def _save(self) -> None:
         if self.checkpointed_at == self.saved.step:
@@ -264,6 +277,8 @@ class Trainer:
         self.saved.positions = gather(self.positions.to(self.runtime.device)).tolist()
         self.saved.time_s, self.started = self._time_s, time.perf_counter()
         self.saved.scaler = self.step.scaler.state_dict()
+        mark_kept(self.saved, self.config.checkpoint.keep_every_samples)
+        self.saved.wandb_id = read_run_id(self.path)
         ema = self.ema.state_dict() if self.ema else {}
         self.checkpoints.save(self.model, self.step.optimizer, ema, self.saved)
         self.meters.restart()
@@ -348,6 +363,9 @@ class Trainer:
             if self.saved.scaler:  # empty if the run had none until now
                 self.step.scaler.load_state_dict(self.saved.scaler)
             self.checkpointed_at = self.saved.step
+            if self.from_elsewhere:
+                self.checkpointed_at = -1
+                make_own(self.saved)
         self.positions = torch.tensor(self.saved.positions, dtype=torch.int64)
         self.account.resumed(self.saved, self.attempt)
         self.first_epoch = self._epoch
@@ -360,11 +378,15 @@ class Trainer:
                 log_event(self.path, "damaged_checkpoint", checkpoint=name, problem=problem)
             self.unfinished = self.checkpoints.clean()
             save_config(self.config, self.path / "config.yaml")  # with the window that was chosen
+            if self.saved.wandb_id:
+                write_run_id(self.path, self.saved.wandb_id)
             log_event(
                 self.path, "started", attempt=self.attempt, world_size=self.runtime.world,
                 samples_seen=self.saved.samples_seen, checkpoint=newest and newest.name,
             )  # fmt: skip
             self.tokenizer.save(self.path / TOKENIZER)  # now: until it has started, a run may be given another
+            if self.config.checkpoint.dir is not None:
+                record_elsewhere(self.config, self.path)
 
     def _check_order(self) -> None:
         order = self.train.order

@@ -108,7 +108,7 @@ def test_all_damaged_is_refused_in_one_line(tmp_path: Path) -> None:
     for step in (1, 2):
         flip(tensors_of(save(tmp_path, step)))
     for _ in range(2):  # and again: nothing was removed
-        with pytest.raises(ClipscaleError, match=r"is whole \(step_00000002: .*; step_00000001: ") as caught:
+        with pytest.raises(ClipscaleError, match=r"is whole in .* \(step_00000002: .*; step_00000001: ") as caught:
             newest(tmp_path)
         assert "\n" not in str(caught.value)
 
