@@ -43,6 +43,14 @@ class Saved:
     bad_reasons: dict[str, int] = field(default_factory=dict)
     truncated_captions: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
+    skipped: list[list[list[int]]] = field(default_factory=list)
+    """Stretches of the order that are passed over, ``[starts, stops]`` with a position of each canonical stream."""
+    skipped_steps: int = 0
+    rollbacks: int = 0
+    bad_steps: list[int] = field(default_factory=list)
+    """Those of the last steps that were bad."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the last steps that were not skipped, if spikes are looked for."""
     teachers: list[str] = field(default_factory=list)
     """Checkpoints of the runs that teach, and the fingerprints of each."""
 
@@ -61,6 +69,17 @@ class Checkpointer:
     def newest(self) -> Path | None:
         """The newest finished checkpoint."""
         return next(iter(finished_checkpoints(self._directory)), None)
+
+    def before(self, step: int) -> Path | None:
+        """The newest finished checkpoint of a step up to ``step``, or else the oldest that there is."""
+        finished = finished_checkpoints(self._directory)
+        return next((path for path in finished if read_saved(path).step <= step), next(reversed(finished), None))
+
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: the run has gone back. Main rank only."""
+        for path in finished_checkpoints(self._directory):
+            if read_saved(path).step > step:
+                _remove(path)
 
     def clean(self) -> None:
         """Remove what an interrupted save left behind. Main rank only."""
@@ -87,8 +106,7 @@ class Checkpointer:
             scratch.write_text(json.dumps({"saved": asdict(saved), "files": files}, indent=1))
             scratch.replace(path / MANIFEST)
             for old in finished_checkpoints(self._directory)[self._keep_last :]:
-                (old / MANIFEST).unlink()  # first: a half-removed checkpoint must not look finished
-                shutil.rmtree(old)
+                _remove(old)
         if world_size() > 1:
             dist.barrier()
         return path
@@ -129,6 +147,11 @@ def read_tensors(path: Path, state: dict[str, Any], alone: bool = False) -> None
     """
     with _quiet(), _in_one_line(path, "loaded"):
         dcp.load(state, checkpoint_id=path, no_dist=alone)
+
+
+def _remove(path: Path) -> None:
+    (path / MANIFEST).unlink()  # first: a half-removed checkpoint must not look finished
+    shutil.rmtree(path)
 
 
 @contextmanager

@@ -215,6 +215,16 @@ def _training(config: Config) -> Iterator[str]:
         yield (f"parallel.activation_checkpointing={config.parallel.activation_checkpointing}: choose none or full")
     if config.ema.decay is not None and not 0 < config.ema.decay < 1:
         yield f"ema.decay={config.ema.decay} must lie between 0 and 1, e.g. ema.decay=0.999; null turns it off"
+    spike = config.divergence.spike_factor
+    if spike is not None and not spike > 1:
+        yield f"divergence.spike_factor={spike} must be above 1, e.g. divergence.spike_factor=2; null looks for none"
+    if config.divergence.max_rollbacks < 0:
+        yield f"divergence.max_rollbacks={config.divergence.max_rollbacks} must be 0 or more"
+    if not 0 < config.divergence.bad_steps <= config.divergence.within_steps or config.divergence.within_steps < 2:
+        yield (
+            f"divergence.bad_steps={config.divergence.bad_steps} must lie between 1 and divergence.within_steps="
+            f"{config.divergence.within_steps}, which must be 2 or more"
+        )
     if config.optim.clip_grad_norm is not None and config.optim.clip_grad_norm <= 0:
         yield f"optim.clip_grad_norm={config.optim.clip_grad_norm} must be above 0; null does not clip"
     if not 0 < config.optim.layer_decay <= 1:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,14 +15,13 @@ import torch.distributed as dist
 from clipscale.checkpoint import TOKENIZER, Checkpointer, Saved, read_saved
 from clipscale.config import Config, save_config
 from clipscale.config.fields import leaves
-from clipscale.config.model import HeadStart, model_summary
+from clipscale.config.model import HeadStart
 from clipscale.config.resume import value_of
 from clipscale.config.rundir import append_rows, count_events, log_event, write_result
 from clipscale.config.schema import Config as Schema
-from clipscale.data.io import PIPE
 from clipscale.data.loader import Batch
 from clipscale.distributed.collectives import gather, total, world_size
-from clipscale.distributed.faults import StopRequest
+from clipscale.distributed.faults import Agreed, Agreement
 from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError, DivergedError, ExitCode
 from clipscale.evals import build_evaluators, damaged_shards
@@ -44,7 +43,9 @@ from clipscale.trainer.build import (
     start_from,
     start_head,
 )
+from clipscale.trainer.divergence import Divergence, diverged_samples
 from clipscale.trainer.objective import build_objective
+from clipscale.trainer.opening import announce
 from clipscale.trainer.step import TrainStep
 from clipscale.trainer.teachers import pin_teachers
 
@@ -90,13 +91,16 @@ class Trainer:
         self.saved = Saved(positions=[0] * self.train.order.streams, fingerprint=self.train.order.fingerprint)
         self.saved.teachers = [str(teacher) for teacher in teachers]
         self.account = Account(config, self.path, runtime, self.train)
+        self.divergence = Divergence(config, self.path, runtime)
+        self.attempt = 1 + count_events(self.path, "started")
+        self.positions = torch.zeros(0, dtype=torch.int64)  # of the streams of this rank, after the last step
         self.evaluated_at = 0  # samples seen at the last evaluation
         self.checkpointed_at = -1
 
     def fit(self) -> ExitCode:
         """Resume, then step, log, evaluate and save until the samples are seen or somebody asks to stop.
 
-        Returns DONE or PREEMPTED. Raises DivergedError when the loss is no longer a number.
+        Returns DONE or PREEMPTED. Raises DivergedError when training goes wrong again and again.
         """
         self._resume()
         where = f"rank {self.runtime.rank} of {self.runtime.world} on {self.runtime.device}"
@@ -107,28 +111,50 @@ class Trainer:
         self.sinks = self._open_sinks()
         try:
             batches = self._batches()
-            stop = StopRequest(self.runtime.device)  # after the workers' server, which must not inherit its handlers
+            # After the workers' server, which must not inherit its handlers.
+            self.agreement = Agreement(self.runtime.device)
             try:
-                return self._train(batches, stop)
+                while (code := self._train(batches)) is None:
+                    batches.close()
+                    self._go_back()
+                    batches = self._batches()
+                return code
             finally:
-                stop.release()
+                self.agreement.release()
         finally:
             self.sinks.close()
 
-    def _train(self, batches: Iterator[Batch], stop: StopRequest) -> ExitCode:
-        config = self.config
+    def _train(self, batches: Generator[Batch]) -> ExitCode | None:
+        """None if the run must go back to where training was well."""
         self._evaluate()  # what a kill in an evaluation left undone
         while not self._is_over:
             self._train_on(next(batches))
+            saves = self._due(self.config.checkpoint.every_samples) or self._is_over
+            stops = self._agree(saves or self._logs())
+            if self.divergence.is_too_much:
+                return None
             if self._logs():
                 self._log()
-            if self._due(config.checkpoint.every_samples) or self._is_over:
+            if saves:
                 self._save()
             self._evaluate()
-            if stop.agreed() and not self._is_over:
+            if stops and not self._is_over:
                 self._save()
                 return self._finish(ExitCode.PREEMPTED)
         return self._finish(ExitCode.DONE)
+
+    def _agree(self, now: bool) -> bool:
+        """Exchange with all ranks what this step came to, for the next one, or for ``now``. Returns whether to stop."""
+        assert self.step.verdict is not None
+        before = self._hear(self.agreement.exchange(False, self.step.verdict), self.saved.step - 1)
+        return self._hear(self.agreement.settle(), self.saved.step) or before if now or before else before
+
+    def _hear(self, agreed: Agreed | None, step: int) -> bool:
+        if agreed is None:
+            return False
+        skipped, bad, loss = agreed.said
+        self.divergence.judge(step, bool(skipped), bool(bad), loss)
+        return agreed.stop
 
     def _logs(self, ahead: int = 0) -> bool:
         """Whether this step, or the one in so many samples, is logged."""
@@ -149,11 +175,12 @@ class Trainer:
 
     # ---- step -------------------------------------------------------------------------------------------------
 
-    def _batches(self) -> Iterator[Batch]:
-        positions = np.array(self.saved.positions, dtype=np.int64)
-        return self._timed(build_loader(self.config, self.train, positions, self.tokenizer, self.runtime))
+    def _batches(self) -> Generator[Batch]:
+        saved, positions = self.saved, np.array(self.saved.positions, dtype=np.int64)
+        loader = build_loader(self.config, self.train, positions, self.tokenizer, self.runtime, saved.skipped)
+        return self._timed(loader)
 
-    def _timed(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+    def _timed(self, loader: Iterable[Batch]) -> Generator[Batch]:
         batches = iter(loader)
         self.meters.restart()
         while True:
@@ -170,6 +197,7 @@ class Trainer:
         self.step.zero_grad()
         self.loss = self.step(batch, saved.samples_seen, self.lr, stats=self._logs(config.global_batch_size))
         saved.samples_seen, saved.step = after, saved.step + 1
+        self.divergence.trained(self.positions, batch)
         self.positions = batch.positions
         self.meters.stepped(config.global_batch_size, self.loss)
         self.account.add(batch, after)
@@ -195,6 +223,8 @@ class Trainer:
             **self.step.statistics(),
             "train/grad_norm": self.step.grad_norm(),
             "train/bad_samples": float(bad),
+            "train/skipped_steps": float(self.saved.skipped_steps),
+            "train/diverged_samples": float(diverged_samples(self.saved)),
             "train/truncated_captions": float(truncated),
             **{f"train/bad_samples/{reason}": float(n) for reason, n in self.account.by_reason(bad).items()},
         }
@@ -202,16 +232,6 @@ class Trainer:
         self.account.warn(bad, truncated, self.saved.samples_seen, self.sinks.console.say)
         self.meters.restart()
         self.account.judge(bad, self.saved.samples_seen, self._epoch - self.first_epoch + 1, self._is_over)
-        self._refuse_nonsense(values["train/loss"], values["train/grad_norm"])
-
-    def _refuse_nonsense(self, loss: float, grad_norm: float) -> None:
-        if math.isfinite(loss) and (math.isfinite(grad_norm) or self.step.scaler.is_enabled()):
-            return  # fp16's scaler skips steps whose gradient overflowed, and lowers its scale
-        raise DivergedError(
-            f"loss {loss} and gradient norm {grad_norm} at step {self.saved.step}; lower optim.lr (now "
-            f"{self.config.optim.lr}) or set optim.clip_grad_norm; the run can then go on from the last checkpoint in "
-            f"{self.path / 'checkpoints'}"
-        )
 
     def _emit(self, values: dict[str, float]) -> None:
         where = {
@@ -253,7 +273,6 @@ class Trainer:
     def _save(self) -> None:
         if self.checkpointed_at == self.saved.step:
             return
-        self._refuse_nonsense(self.loss.item(), self.step.grad_norm())  # it must not replace a good checkpoint
         self.checkpointed_at = self.saved.step
         self.account.save(self.saved)
         self.saved.positions = gather(self.positions.to(self.runtime.device)).tolist()
@@ -262,6 +281,27 @@ class Trainer:
         ema = self.ema.state_dict() if self.ema else {}
         self.checkpoints.save(self.model, self.step.optimizer, ema, self.saved)
         self.meters.restart()
+
+    def _go_back(self) -> None:
+        """Restore a checkpoint from before the steps that went wrong, to pass over their batches.
+
+        Raises DivergedError when there is none, or the run has gone back too often.
+        """
+        saved, checkpoint = self.saved, self.checkpoints.before(self.divergence.first)
+        if checkpoint is None or saved.rollbacks >= self.config.divergence.max_rollbacks:
+            raise DivergedError(self.divergence.why_it_ends(checkpoint))
+        positions = self.positions
+        self._restore(checkpoint)
+        if self.runtime.is_main:
+            self.checkpoints.forget_after(self.saved.step)
+        self.divergence.skip(positions, self.saved)
+        self._begin()
+        self.sinks.rewind(self.saved.samples_seen)
+        self.sinks.console.say(
+            f"warning: training went wrong at step {saved.step}: steps {saved.bad_steps} were bad; back to "
+            f"{checkpoint.name}, passing over {diverged_samples(self.saved) - diverged_samples(saved):,} samples, "
+            f"keys in {self.path}/diverged"
+        )
 
     def _finish(self, code: ExitCode) -> ExitCode:
         bad = self.account.by_reason(self.saved.bad_samples)
@@ -313,25 +353,13 @@ class Trainer:
 
     def _resume(self) -> None:
         self.started = time.perf_counter()
-        self.attempt = 1 + count_events(self.path, "started")
         self.lr = 0.0
         newest = self.checkpoints.newest()
         if world_size() > 1:
             dist.barrier()  # before the main rank counts this start, or removes anything
         if newest is not None:
-            ema = self.ema.state_dict() if self.ema else {}
-            self.saved = self.checkpoints.restore(newest, self.model, self.step.optimizer, ema)
-            self._check_order()
-            configure(self.step.optimizer, self.config.optim)
-            if self.saved.scaler:  # empty if the run had none until now
-                self.step.scaler.load_state_dict(self.saved.scaler)
-            self.checkpointed_at = self.saved.step
-        self.positions = torch.tensor(self.saved.positions, dtype=torch.int64)
-        self.account.resumed(self.saved, self.attempt)
-        self.first_epoch = self._epoch
-        # One rank reads the file for all: they must not disagree on what comes next.
-        made = evaluated_at(self.path / "metrics.jsonl", self.saved.samples_seen) if self.runtime.is_main else 0
-        self.evaluated_at = int(total(torch.tensor([made], device=self.runtime.device)))
+            self._restore(newest)
+        self._begin()
         if self.runtime.is_main:
             self.checkpoints.clean()
             save_config(self.config, self.path / "config.yaml")  # with the window that was chosen
@@ -340,6 +368,26 @@ class Trainer:
                 samples_seen=self.saved.samples_seen, checkpoint=newest and newest.name,
             )  # fmt: skip
             self.tokenizer.save(self.path / TOKENIZER)  # now: until it has started, a run may be given another
+
+    def _restore(self, checkpoint: Path) -> None:
+        ema = self.ema.state_dict() if self.ema else {}
+        self.saved = self.checkpoints.restore(checkpoint, self.model, self.step.optimizer, ema)
+        self._check_order()
+        configure(self.step.optimizer, self.config.optim)
+        if self.saved.scaler:  # empty if the run had none until now
+            self.step.scaler.load_state_dict(self.saved.scaler)
+        self.checkpointed_at = self.saved.step
+
+    def _begin(self) -> None:
+        """Count from where the run stands."""
+        mine = np.array_split(np.arange(self.train.order.streams), self.runtime.world)[self.runtime.rank]
+        self.positions = torch.tensor(self.saved.positions, dtype=torch.int64)[mine]
+        self.account.resumed(self.saved, self.attempt)
+        self.divergence.resumed(self.saved, self.attempt)
+        self.first_epoch = self._epoch
+        # One rank reads the file for all: they must not disagree on what comes next.
+        made = evaluated_at(self.path / "metrics.jsonl", self.saved.samples_seen) if self.runtime.is_main else 0
+        self.evaluated_at = int(total(torch.tensor([made], device=self.runtime.device)))
 
     def _check_order(self) -> None:
         order = self.train.order
@@ -351,46 +399,14 @@ class Trainer:
             )
 
     def _open_sinks(self) -> Sinks:
-        config, saved, order = self.config, self.saved, self.train.order
+        config, saved = self.config, self.saved
         settings = {key: value_of(config, key) for key, _, _ in leaves(Schema)}
-        sinks = Sinks(
-            self.path,
-            config.tracking,
-            settings,
-            saved.samples_seen,
-            config.total_samples,
-            self.runtime.is_main,
-        )
-        say = sinks.console.say
+        main = self.runtime.is_main
+        sinks = Sinks(self.path, config.tracking, settings, saved.samples_seen, config.total_samples, main)
         start = f"resuming at {saved.samples_seen:,}" if saved.samples_seen else "starting"
         start += f" from {self.starts_from}," if self.starts_from else ""
-        parameters = sum(p.numel() for p in self.model.parameters())
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        locked = f" ({trained / 1e6:.1f} M trained)" if trained < parameters else ""
-        parts = f", {self.step.microbatches} microbatches on each process" if self.step.microbatches > 1 else ""
-        say(f"{self.path}: {start} of {config.total_samples:,} samples in batches of {config.global_batch_size}{parts}")
-        say(
-            f"  model {model_summary(config.model)}, {parameters / 1e6:.1f} M parameters{locked}; "
-            f"{config.parallel.strategy.value}, {self.runtime.world} x {self.runtime.device.type}, "
-            f"{config.precision.name.value}"
+        damaged = self.train.damaged | damaged_shards(self.evaluators)
+        announce(
+            sinks.console.say, config, self.path, self.runtime, self.train, self.step, start, self.resized, damaged
         )
-        for change in self.resized:
-            say(f"  {self.config.init.weights}: {change}")
-        say(
-            f"  data {self.train.samples:,} samples in {len(order.shards)} shards; {order.streams} streams, "
-            f"windows of {order.window_size}"
-        )
-        if self.runtime.spares:
-            started = self.runtime.world + self.runtime.spares
-            say(
-                f"warning: {self.runtime.spares} of {started} processes idle: {order.streams} streams cannot be shared "
-                f"evenly by more than {self.runtime.world}; a new run begun with {started} uses all where they divide "
-                "global_batch_size"
-            )
-        if any(file.location.startswith(PIPE) for file in self.train.files):
-            say("warning: pipe: shards are read from their beginning for each part of them; other locations are faster")
-        for name, damage in (self.train.damaged | damaged_shards(self.evaluators)).items():
-            say(f"warning: shard {name} {damage}")
-            if self.runtime.is_main:
-                log_event(self.path, "damaged_shard", shard=name, damage=damage)
         return sinks
