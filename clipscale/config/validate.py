@@ -59,6 +59,7 @@ def _sizes(config: Config) -> Iterator[str]:
         storage__timeout_s=config.storage.timeout_s,
         storage__cache_gib=config.storage.cache_gib,
         distributed__timeout_s=config.distributed.timeout_s,
+        eval__timeout_s=config.eval.timeout_s,
         loss__init_logit_scale=config.loss.init_logit_scale,
         optim__eps=config.optim.eps,
         model__context_length=config.model.context_length,
@@ -78,6 +79,10 @@ def _sizes(config: Config) -> Iterator[str]:
         yield "name='' is no name; null makes one of the configuration"
     if not 0 <= config.seed < 2**63:
         yield f"seed={config.seed} must lie between 0 and 2^63 - 1"
+    if config.distributed.watchdog_s is not None:
+        yield from _positive(distributed__watchdog_s=config.distributed.watchdog_s)
+    if config.cluster.max_restarts < 0:
+        yield f"cluster.max_restarts={config.cluster.max_restarts} must be 0 or more"
     if config.data.workers < 0:
         yield f"data.workers={config.data.workers} must be 0 or more"
     if config.data.window is not None and config.data.window < 1:

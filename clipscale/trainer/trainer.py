@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Generator, Iterable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,13 @@ from clipscale.config import Config, save_config
 from clipscale.config.fields import leaves
 from clipscale.config.model import HeadStart
 from clipscale.config.resume import value_of
-from clipscale.config.rundir import append_rows, count_events, log_event, write_result
+from clipscale.config.rundir import append_rows, count_events, log_event, report, write_result
 from clipscale.config.schema import Config as Schema
 from clipscale.data.loader import Batch
 from clipscale.distributed.collectives import gather, total, world_size
 from clipscale.distributed.faults import Agreed, Agreement
-from clipscale.distributed.runtime import Runtime
+from clipscale.distributed.runtime import Runtime, waiting_up_to
+from clipscale.distributed.watchdog import Watchdog
 from clipscale.errors import ConfigError, DivergedError, ExitCode
 from clipscale.evals import build_evaluators, damaged_shards
 from clipscale.models import Classifier, build_model
@@ -109,6 +111,8 @@ class Trainer:
             return self._already_done()
         self.meters = Meters(self.runtime.device, self.runtime.world)
         self.sinks = self._open_sinks()
+        limit_s = self.config.distributed.watchdog_s
+        self.watchdog = Watchdog(self.path / "logs", self.runtime.rank, limit_s, partial(report, self.path))
         try:
             batches = self._batches()
             # After the workers' server, which must not inherit its handlers.
@@ -116,12 +120,14 @@ class Trainer:
             try:
                 while (code := self._train(batches)) is None:
                     batches.close()
+                    self.watchdog.begin("return")
                     self._go_back()
                     batches = self._batches()
                 return code
             finally:
                 self.agreement.release()
         finally:
+            self.watchdog.release()
             self.sinks.close()
 
     def _train(self, batches: Generator[Batch]) -> ExitCode | None:
@@ -138,6 +144,7 @@ class Trainer:
             if saves:
                 self._save()
             self._evaluate()
+            self.watchdog.begin()
             if stops and not self._is_over:
                 self._save()
                 return self._finish(ExitCode.PREEMPTED)
@@ -263,7 +270,8 @@ class Trainer:
         self.evaluated_at = self.saved.samples_seen
         values: dict[str, float] = {}
         self.model.eval()
-        with self.ema.applied() if self.ema else nullcontext():
+        patient = waiting_up_to(self.config.eval.timeout_s, self.config.distributed.timeout_s)
+        with patient, self.watchdog.during("evaluation"), self.ema.applied() if self.ema else nullcontext():
             context = eval_context(self.config, self.model, self.tokenizer, self.runtime.device)
             for evaluator in self.evaluators:
                 values |= evaluator.run(context)
@@ -273,6 +281,7 @@ class Trainer:
     def _save(self) -> None:
         if self.checkpointed_at == self.saved.step:
             return
+        self.watchdog.begin("save")
         self.checkpointed_at = self.saved.step
         self.account.save(self.saved)
         self.saved.positions = gather(self.positions.to(self.runtime.device)).tolist()
