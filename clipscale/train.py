@@ -6,10 +6,12 @@ store; ``--config RUN/config.yaml`` trains what ``clipscale train`` composed alr
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
 import platform
+import signal
 import sys
 import traceback
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +24,7 @@ from clipscale.config.validate import usable_processes
 from clipscale.distributed import runtime as distributed
 from clipscale.errors import ClipscaleError, ExitCode
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 PACKAGES = (
     "clipscale",
     "torch",
@@ -41,6 +44,7 @@ def main(arguments: list[str]) -> ExitCode:
     path: Path | None = None
     store: Any = None
     config: Config | None = None
+    _stop_with_the_agent()
     logging.getLogger("clipscale").addHandler(logging.NullHandler())  # until the run has a directory to log to
     try:
         store = distributed.connect() if distributed.under_torchrun() else None
@@ -122,6 +126,12 @@ def _report(path: Path | None, error: BaseException, code: ExitCode) -> ExitCode
     text = str(error) or type(error).__name__
     logging.getLogger("clipscale").error(text)
     return report(path, text, code)
+
+
+def _stop_with_the_agent() -> None:
+    """Have Linux ask a rank to stop when torchrun's agent, its parent, has died: nobody would start it again."""
+    if distributed.under_torchrun() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _for_torchrun(code: ExitCode) -> int:

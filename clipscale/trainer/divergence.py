@@ -20,8 +20,14 @@ from clipscale.distributed.runtime import Runtime
 class _Trained(NamedTuple):
     step: int
     samples_seen: int
-    start: torch.Tensor  # Int64[streams of this rank], where they stood before
     keys: list[str]
+
+
+class Passed(NamedTuple):
+    """Batches to be passed over: those behind ``step``, up to ``stops``, a position of every stream."""
+
+    step: int
+    stops: list[int]
 
 
 class Divergence:
@@ -34,14 +40,15 @@ class Divergence:
         self._rule, self._path, self._runtime, self._lr = config.divergence, path, runtime, config.optim.lr
         self._recent: deque[_Trained] = deque(maxlen=self._rule.within_steps)
 
-    def resumed(self, saved: Saved, attempt: int) -> None:
-        """Go on from a checkpoint; what is found from here on is written to ``saved``."""
+    def resumed(self, saved: Saved, attempt: int, positions: torch.Tensor) -> None:
+        """Go on from a checkpoint, ``positions`` Int64[streams of this rank]; what is found is written to ``saved``."""
         self._saved, self._attempt = saved, attempt
         self._recent.clear()
+        self.arrived(positions)
 
-    def trained(self, start: torch.Tensor, batch: Batch) -> None:
-        """Remember the step just made, on a batch before which this rank's streams stood at ``start``."""
-        self._recent.append(_Trained(self._saved.step, self._saved.samples_seen, start, batch.keys))
+    def trained(self, batch: Batch) -> None:
+        """Remember the step just made."""
+        self._recent.append(_Trained(self._saved.step, self._saved.samples_seen, batch.keys))
 
     def judge(self, step: int, skipped: bool, bad: bool, loss: float) -> None:
         """Take what the ranks agreed on a step, one of the last two."""
@@ -65,25 +72,41 @@ class Divergence:
 
     @property
     def first(self) -> int:
-        """The step before the remembered ones."""
-        return self._recent[0].step - 1
+        """The step behind which the batches lie that are to be passed over."""
+        return max(0, self._saved.step - self._rule.within_steps)
 
-    def skip(self, positions: torch.Tensor, now: Saved) -> None:
-        """Have the remembered batches passed over by a run that has gone back to ``now``; a collective.
+    def window(self, positions: torch.Tensor) -> Passed:
+        """What is to be passed over, up to ``positions`` Int64[streams of this rank]; a collective."""
+        return Passed(self.first, gather(positions.to(self._runtime.device)).tolist())
 
-        ``positions`` Int64[streams of this rank] is where they end.
+    def skip(self, passed: Passed, now: Saved) -> None:
+        """Have a run that has gone back to ``now`` pass over a window, once it has come to where that begins.
+
+        Where it begins is said by its step, not by this process's memory: so it does not matter when the run was
+        resumed last.
         """
-        before, ends = self._saved, gather(positions.to(self._runtime.device)).tolist()
-        starts = gather(self._recent[0].start.to(self._runtime.device)).tolist()
-        starts = [max(pair) for pair in zip(starts, now.positions, strict=True)]  # it may lie behind their first
-        now.skipped, now.rollbacks = [*before.skipped, [starts, ends]], before.rollbacks + 1
-        self._name([one for one in self._recent if one.step > now.step], "diverged")
+        before = self._saved
+        first = max(passed.step, now.step)  # the checkpoint may lie in the window
+        now.skipped, now.rollbacks, now.jump = before.skipped, before.rollbacks + 1, [first, *passed.stops]
+        self._name([one for one in self._recent if one.step > first], "diverged")
         self._tell(
             "rolled_back", step=before.step, samples_seen=before.samples_seen, to=now.samples_seen,
-            bad_steps=before.bad_steps, diverged_samples=sum(ends) - sum(starts),
+            bad_steps=before.bad_steps, passed_over=[first + 1, before.step],
         )  # fmt: skip
 
-    def why_it_ends(self, checkpoint: Path | None) -> str:
+    def arrived(self, positions: torch.Tensor) -> bool:
+        """Whether a window begins here, after a step that left this rank's streams at ``positions``; a collective."""
+        saved = self._saved
+        if saved.jump[:1] != [saved.step]:
+            return False
+        starts, stops = gather(positions.to(self._runtime.device)).tolist(), saved.jump[1:]
+        saved.skipped, saved.jump = [*saved.skipped, [starts, stops]], []
+        self._tell(
+            "passed_over", step=saved.step, samples_seen=saved.samples_seen, diverged_samples=sum(stops) - sum(starts)
+        )
+        return True
+
+    def why_it_ends(self, checkpoint: str | None) -> str:
         """What to tell the user of a run that does not go back to ``checkpoint`` once more."""
         saved, rule = self._saved, self._rule
         why = f"it has gone back {saved.rollbacks} times (divergence.max_rollbacks={rule.max_rollbacks})"

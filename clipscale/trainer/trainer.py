@@ -7,31 +7,30 @@ import time
 from collections.abc import Generator, Iterable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from clipscale.checkpoint import TOKENIZER, Checkpointer, Saved, read_saved
+from clipscale.checkpoint import TOKENIZER, Checkpointer, Saved, Stored
 from clipscale.config import Config, save_config
 from clipscale.config.fields import leaves
 from clipscale.config.model import HeadStart
 from clipscale.config.resume import value_of
-from clipscale.config.rundir import append_rows, count_events, log_event, report, write_result
+from clipscale.config.rundir import append_rows, count_events, log_event, report
 from clipscale.config.schema import Config as Schema
 from clipscale.data.loader import Batch
 from clipscale.distributed.collectives import gather, total, world_size
 from clipscale.distributed.faults import Agreed, Agreement
 from clipscale.distributed.runtime import Runtime, waiting_up_to
 from clipscale.distributed.watchdog import Watchdog
-from clipscale.errors import ConfigError, DivergedError, ExitCode
-from clipscale.evals import build_evaluators, damaged_shards
+from clipscale.errors import ClipscaleError, ConfigError, DivergedError, ExitCode, SaveError
+from clipscale.evals import build_evaluators
 from clipscale.models import Classifier, build_model
 from clipscale.optim import Ema, build_optimizer, configure, learning_rate
 from clipscale.parallel import build_scaler, heights, lock, parallelize
-from clipscale.telemetry import Meters, Sinks, evaluated_at, last_values
-from clipscale.trainer.account import Account, listed
+from clipscale.telemetry import Meters, Sinks, evaluated_at
+from clipscale.trainer.account import Account
 from clipscale.trainer.build import (
     build_loader,
     build_store,
@@ -46,8 +45,9 @@ from clipscale.trainer.build import (
     start_head,
 )
 from clipscale.trainer.divergence import Divergence, diverged_samples
+from clipscale.trainer.ending import tell_end, tell_nothing_to_do
 from clipscale.trainer.objective import build_objective
-from clipscale.trainer.opening import announce
+from clipscale.trainer.opening import tell_start
 from clipscale.trainer.step import TrainStep
 from clipscale.trainer.teachers import pin_teachers
 
@@ -62,8 +62,8 @@ class Trainer:
         self.path = run_path(config)
         self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
         self.tokenizer = read_tokenizer(config, runtime)
-        newest = self.checkpoints.newest()
-        taught_by = read_saved(newest).teachers if newest else []
+        self.newest = newest = self.checkpoints.newest()
+        taught_by = newest.manifest().saved.teachers if newest else []
         teachers = once_per_node(runtime, lambda: pin_teachers(config, self.tokenizer, taught_by))
         self.data = place_data(config.data, runtime)
         self.store = build_store(config, runtime.world)
@@ -108,7 +108,8 @@ class Trainer:
         where = f"rank {self.runtime.rank} of {self.runtime.world} on {self.runtime.device}"
         log.info("attempt %s: %s, from %s samples", self.attempt, where, self.saved.samples_seen)
         if self._is_over and not self._evaluation_is_due():
-            return self._already_done()
+            tell_nothing_to_do(self)
+            return ExitCode.DONE
         self.meters = Meters(self.runtime.device, self.runtime.world)
         self.sinks = self._open_sinks()
         limit_s = self.config.distributed.watchdog_s
@@ -120,10 +121,14 @@ class Trainer:
             try:
                 while (code := self._train(batches)) is None:
                     batches.close()
-                    self.watchdog.begin("return")
-                    self._go_back()
+                    if self.divergence.is_too_much:
+                        self.watchdog.begin("return")
+                        self._go_back()
                     batches = self._batches()
                 return code
+            except ClipscaleError:
+                self._settle()  # what was being saved when it happened is good
+                raise
             finally:
                 self.agreement.release()
         finally:
@@ -131,7 +136,7 @@ class Trainer:
             self.sinks.close()
 
     def _train(self, batches: Generator[Batch]) -> ExitCode | None:
-        """None if the run must go back to where training was well."""
+        """None if other batches must come: from before training went wrong, or from behind."""
         self._evaluate()  # what a kill in an evaluation left undone
         while not self._is_over:
             self._train_on(next(batches))
@@ -139,6 +144,7 @@ class Trainer:
             stops = self._agree(saves or self._logs())
             if self.divergence.is_too_much:
                 return None
+            self._warn_of_save(self.checkpoints.failure())
             if self._logs():
                 self._log()
             if saves:
@@ -148,6 +154,8 @@ class Trainer:
             if stops and not self._is_over:
                 self._save()
                 return self._finish(ExitCode.PREEMPTED)
+            if self.divergence.arrived(self.positions):
+                return None
         return self._finish(ExitCode.DONE)
 
     def _agree(self, now: bool) -> bool:
@@ -183,9 +191,8 @@ class Trainer:
     # ---- step -------------------------------------------------------------------------------------------------
 
     def _batches(self) -> Generator[Batch]:
-        saved, positions = self.saved, np.array(self.saved.positions, dtype=np.int64)
-        loader = build_loader(self.config, self.train, positions, self.tokenizer, self.runtime, saved.skipped)
-        return self._timed(loader)
+        positions, skipped = gather(self.positions.to(self.runtime.device)).cpu().numpy(), self.saved.skipped
+        return self._timed(build_loader(self.config, self.train, positions, self.tokenizer, self.runtime, skipped))
 
     def _timed(self, loader: Iterable[Batch]) -> Generator[Batch]:
         batches = iter(loader)
@@ -204,7 +211,7 @@ class Trainer:
         self.step.zero_grad()
         self.loss = self.step(batch, saved.samples_seen, self.lr, stats=self._logs(config.global_batch_size))
         saved.samples_seen, saved.step = after, saved.step + 1
-        self.divergence.trained(self.positions, batch)
+        self.divergence.trained(batch)
         self.positions = batch.positions
         self.meters.stepped(config.global_batch_size, self.loss)
         self.account.add(batch, after)
@@ -282,6 +289,7 @@ class Trainer:
         if self.checkpointed_at == self.saved.step:
             return
         self.watchdog.begin("save")
+        self._settle()
         self.checkpointed_at = self.saved.step
         self.account.save(self.saved)
         self.saved.positions = gather(self.positions.to(self.runtime.device)).tolist()
@@ -298,79 +306,57 @@ class Trainer:
         """
         saved, checkpoint = self.saved, self.checkpoints.before(self.divergence.first)
         if checkpoint is None or saved.rollbacks >= self.config.divergence.max_rollbacks:
-            raise DivergedError(self.divergence.why_it_ends(checkpoint))
-        positions = self.positions
+            raise DivergedError(self.divergence.why_it_ends(checkpoint.location if checkpoint else None))
+        passed = self.divergence.window(self.positions)
         self._restore(checkpoint)
         if self.runtime.is_main:
             self.checkpoints.forget_after(self.saved.step)
-        self.divergence.skip(positions, self.saved)
+        self.divergence.skip(passed, self.saved)
         self._begin()
         self.sinks.rewind(self.saved.samples_seen)
         self.sinks.console.say(
-            f"warning: training went wrong at step {saved.step}: steps {saved.bad_steps} were bad; back to "
-            f"{checkpoint.name}, passing over {diverged_samples(self.saved) - diverged_samples(saved):,} samples, "
-            f"keys in {self.path}/diverged"
+            f"warning: training went wrong, steps {', '.join(map(str, saved.bad_steps))} were bad; back to "
+            f"{checkpoint.name}, and around the batches from step {passed.step + 1} to {saved.step}; keys in "
+            f"{self.path}/diverged"
         )
+
+    def _settle(self) -> None:
+        """Wait for the save that is under way; one that failed is told, and the last good checkpoint stands."""
+        try:
+            self.checkpoints.wait()
+        except SaveError as error:
+            self._warn_of_save(str(error))
+
+    def _warn_of_save(self, problem: str) -> None:
+        if not problem:
+            return
+        log.warning(problem)
+        if self.runtime.is_main:
+            log_event(self.path, "save_failed", samples_seen=self.saved.samples_seen, problem=problem)
+            self.sinks.console.say(f"warning: {problem}; training goes on, and the last good checkpoint is kept")
 
     def _finish(self, code: ExitCode) -> ExitCode:
-        bad = self.account.by_reason(self.saved.bad_samples)
-        log.info("%s at %s samples", code.name.lower(), self.saved.samples_seen)
-        if not self.runtime.is_main:
-            return code
-        say, done = self.sinks.console.say, code is ExitCode.DONE
-        self.sinks.console.close()
-        metrics = self._write_result(code)
-        log_event(self.path, "done" if done else "preempted", samples_seen=self.saved.samples_seen)
-        if not done:
-            say(f"stopped at {self.saved.samples_seen:,} samples and saved; the same command goes on from there")
-            return code
-        self.sinks.console.summary(self._title(), metrics)
-        if bad:
-            say(f"bad samples passed over: {listed(bad)}; keys in {self.path}/bad_samples")
-        if self.config.eval.objective not in metrics and self.evaluators:
-            say(f"warning: eval.objective={self.config.eval.objective} was not measured in this run")
-        say(f'done: {self.path}; use it with clipscale.load("{self.path}") or: clipscale eval {self.path}')
+        self.checkpoints.wait()
+        tell_end(self, code)
         return code
-
-    def _write_result(self, code: ExitCode) -> dict[str, float]:
-        """Write ``result.json``; returns the last value of every metric."""
-        metrics = last_values(self.path / "metrics.jsonl")
-        write_result(
-            self.path,
-            "done" if code is ExitCode.DONE else "preempted",
-            code,
-            objective=metrics.get(self.config.eval.objective),
-            samples_seen=self.saved.samples_seen,
-            metrics=metrics,
-        )
-        return metrics
-
-    def _title(self) -> str:
-        minutes = self.saved.time_s / 60
-        return f"{self.path.name}: {self.saved.samples_seen:,} samples, {self.saved.step:,} steps, {minutes:.1f} min"
-
-    def _already_done(self) -> ExitCode:
-        if self.runtime.is_main:
-            self._write_result(ExitCode.DONE)
-            print(
-                f"{self.path} has seen all of its {self.config.total_samples:,} samples; nothing to do "
-                "(raise total_samples to train on, or choose another name=…)"
-            )
-        return ExitCode.DONE
 
     # ---- start ------------------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
         self.started = time.perf_counter()
         self.lr = 0.0
-        newest = self.checkpoints.newest()
+        self.unfinished: list[str] = []
+        newest = self.newest
         if world_size() > 1:
             dist.barrier()  # before the main rank counts this start, or removes anything
         if newest is not None:
             self._restore(newest)
         self._begin()
         if self.runtime.is_main:
-            self.checkpoints.clean()
+            for name, problem in self.checkpoints.damaged.items():
+                log.warning("checkpoint %s is damaged: %s", name, problem)
+                log_event(self.path, "damaged_checkpoint", checkpoint=name, problem=problem)
+            self.unfinished = self.checkpoints.clean()
             save_config(self.config, self.path / "config.yaml")  # with the window that was chosen
             log_event(
                 self.path, "started", attempt=self.attempt, world_size=self.runtime.world,
@@ -378,7 +364,7 @@ class Trainer:
             )  # fmt: skip
             self.tokenizer.save(self.path / TOKENIZER)  # now: until it has started, a run may be given another
 
-    def _restore(self, checkpoint: Path) -> None:
+    def _restore(self, checkpoint: Stored) -> None:
         ema = self.ema.state_dict() if self.ema else {}
         self.saved = self.checkpoints.restore(checkpoint, self.model, self.step.optimizer, ema)
         self._check_order()
@@ -392,7 +378,7 @@ class Trainer:
         mine = np.array_split(np.arange(self.train.order.streams), self.runtime.world)[self.runtime.rank]
         self.positions = torch.tensor(self.saved.positions, dtype=torch.int64)[mine]
         self.account.resumed(self.saved, self.attempt)
-        self.divergence.resumed(self.saved, self.attempt)
+        self.divergence.resumed(self.saved, self.attempt, self.positions)
         self.first_epoch = self._epoch
         # One rank reads the file for all: they must not disagree on what comes next.
         made = evaluated_at(self.path / "metrics.jsonl", self.saved.samples_seen) if self.runtime.is_main else 0
@@ -412,10 +398,5 @@ class Trainer:
         settings = {key: value_of(config, key) for key, _, _ in leaves(Schema)}
         main = self.runtime.is_main
         sinks = Sinks(self.path, config.tracking, settings, saved.samples_seen, config.total_samples, main)
-        start = f"resuming at {saved.samples_seen:,}" if saved.samples_seen else "starting"
-        start += f" from {self.starts_from}," if self.starts_from else ""
-        damaged = self.train.damaged | damaged_shards(self.evaluators)
-        announce(
-            sinks.console.say, config, self.path, self.runtime, self.train, self.step, start, self.resized, damaged
-        )
+        tell_start(self, sinks.console.say)
         return sinks

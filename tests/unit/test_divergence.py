@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from clipscale.checkpoint.checkpointer import finished_checkpoints, read_saved
+from clipscale.checkpoint import Checkpointer, Saved
 from clipscale.config import compose, validate
 from clipscale.config.rundir import open_run
 from clipscale.data.manifest import ShardFile
@@ -110,6 +110,12 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return bad
 
 
+def last_saved(path: Path) -> Saved:
+    stored = Checkpointer(path / "checkpoints", 1).newest()
+    assert stored is not None
+    return stored.manifest().saved
+
+
 def events(path: Path, kind: str) -> list[dict]:
     return [e for e in map(json.loads, (path / "events.jsonl").read_text().splitlines()) if e["event"] == kind]
 
@@ -129,7 +135,7 @@ def test_a_bad_batch_is_skipped_and_told(go: Train, truth: Path, poison: set[str
     assert {row["train/skipped_steps"] for row in rows(path) if row["step"] >= 6 and "train/loss" in row} == {1.0}
     (event,) = events(path, "skipped_step")
     assert (event["step"], event["bad"]) == (6, True) and named(path) == {"skipped": BATCH}
-    assert read_saved(finished_checkpoints(path / "checkpoints")[0]).skipped_steps == 1
+    assert last_saved(path).skipped_steps == 1
 
 
 def test_too_many_and_the_run_goes_around_them(go: Train, truth: Path, poison: set[str]) -> None:
@@ -138,13 +144,13 @@ def test_too_many_and_the_run_goes_around_them(go: Train, truth: Path, poison: s
     path = go("divergence.bad_steps=2", "divergence.within_steps=3", "divergence.max_rollbacks=1")
     (event,) = events(path, "rolled_back")
     assert (event["step"], event["to"], event["bad_steps"]) == (11, 8 * BATCH, [10, 11])
-    assert event["diverged_samples"] == 3 * BATCH and named(path) == {"skipped": 2 * BATCH, "diverged": 3 * BATCH}
+    assert event["passed_over"] == [9, 11] and named(path) == {"skipped": 2 * BATCH, "diverged": 3 * BATCH}
     ours, theirs = keys(path), keys(truth)
     # Steps 9, 10 and 11 were the window; the checkpoint is that of step 8, so the run goes on with the batch of 12.
     assert [ours[step] for step in range(1, 9)] == [theirs[step] for step in range(1, 9)]
     assert [ours[step] for step in range(9, STEPS - 2)] == [theirs[step] for step in range(12, STEPS + 1)]
     assert list(losses(path)) == [BATCH * (i + 1) for i in range(STEPS)]
-    saved = read_saved(finished_checkpoints(path / "checkpoints")[0])
+    saved = last_saved(path)
     assert (saved.rollbacks, saved.skipped_steps, len(saved.skipped)) == (1, 0, 1)
     last = [row for row in rows(path) if "train/loss" in row][-1]
     assert last["train/diverged_samples"] == 3 * BATCH
