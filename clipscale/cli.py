@@ -184,7 +184,7 @@ def start(config: Config, experiment: str, overrides: list[str]) -> tuple[int, f
     if cluster.processes_per_node > 1:
         from clipscale.launch.local import launch
 
-        code = launch(run.path / "config.yaml", cluster.processes_per_node)
+        code = launch(run.path / "config.yaml", cluster.processes_per_node, cluster.max_restarts)
     else:
         # OpenMP's threads wait for each other by spinning. Beside a busy loader worker (or anything else) on the same
         # core they spin for nothing; kept short, training goes half as fast again there, and no slower alone.

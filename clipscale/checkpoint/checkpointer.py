@@ -93,6 +93,16 @@ class Checkpointer:
         found = _from_first(lambda: finished_in(self._place, self._store))
         return self._whole([stored for stored in found if stored.step <= step] or found[-1:])
 
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: the run has gone back. Main rank only."""
+        for stored in checkpoints_in(self._place, self._store):
+            if stored.step > step:
+                self._forget(stored)
+
+    def _forget(self, stored: Stored) -> None:
+        self._store.remove(f"{stored.location}/{MANIFEST}")  # first: a half-removed one must not look finished
+        self._store.remove(stored.location)
+
     def _whole(self, found: list[Stored]) -> Stored | None:
         self.damaged = {}
         for stored in found:
@@ -177,8 +187,7 @@ class Checkpointer:
         """Remove what is not to be kept, now that a newer one is finished. Main rank only."""
         try:
             for old in superseded(self._place, self._store, self._keep_last, newest):
-                self._store.remove(f"{old.location}/{MANIFEST}")  # first: a half-removed one must not look finished
-                self._store.remove(old.location)
+                self._forget(old)
         except DataError as error:  # the new one is there all the same
             log.warning("an old checkpoint stays: %s", error)
 

@@ -46,6 +46,16 @@ class Saved:
     kept_at: int = 0
     """Samples seen at the last checkpoint that is kept for good, which may be this one."""
     wandb_id: str = ""
+    skipped: list[list[list[int]]] = field(default_factory=list)
+    """Stretches of the order that are passed over, ``[starts, stops]`` with a position of each canonical stream."""
+    jump: list[int] = field(default_factory=list)
+    """A stretch to come, ``[step, *stops]``: it begins where that step ends."""
+    skipped_steps: int = 0
+    rollbacks: int = 0
+    bad_steps: list[int] = field(default_factory=list)
+    """Those of the last steps that were bad."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the last steps that were not skipped, if spikes are looked for."""
     teachers: list[str] = field(default_factory=list)
     """Checkpoints of the runs that teach, and the fingerprints of each."""
 

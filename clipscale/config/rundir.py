@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from clipscale.config.fields import Resume
 from clipscale.config.resume import differences, identity
 from clipscale.config.schema import Config
 from clipscale.config.validate import default_streams, validate
-from clipscale.errors import BusyError, ConfigError
+from clipscale.errors import BusyError, ConfigError, ExitCode
 
 
 @dataclass
@@ -147,6 +148,19 @@ def write_result(path: Path, status: str, exit_code: int, *, first: bool = False
     finally:
         scratch.unlink(missing_ok=True)
     return True
+
+
+def report(path: Path | None, text: str, code: ExitCode = ExitCode.FAILED) -> ExitCode:
+    """Tell why a run failed, on stderr and in ``result.json``, unless another rank has done so: the first to fail
+    speaks for all, and its exit code, which is returned, is that of all."""
+    try:
+        speaks = path is None or not path.is_dir() or write_result(path, "failed", code, first=True, error=text)
+    except OSError:  # a full disk, and perhaps the very error
+        speaks = True
+    if speaks or path is None:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        return code
+    return ExitCode((read_result(path) or {"exit_code": code})["exit_code"])
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -56,6 +56,8 @@ class Cluster:
     """Number of machines."""
     processes_per_node: int = free(1)
     """Processes (GPUs) per machine."""
+    max_restarts: int = free(3)
+    """Times that `clipscale train` starts its processes again, from the last checkpoint, after one of several died."""
 
 
 @dataclass
@@ -64,6 +66,9 @@ class Distributed:
 
     timeout_s: float = free(1800.0)
     """Seconds after which a collective that does not complete ends the run."""
+    watchdog_s: float | None = free(900.0)
+    """Seconds without a step after which a rank writes to RUN/logs what its threads and collectives do, and ends; null:
+    never. Starting, evaluating and saving have ten times as long."""
 
 
 @dataclass
@@ -99,6 +104,8 @@ class Eval:
     the end."""
     batch_size: int = free(256)
     """Images or captions per forward pass."""
+    timeout_s: float = free(7200.0)
+    """Seconds for which ranks wait for each other in an evaluation, in place of `distributed.timeout_s`."""
     objective: str = free("val/retrieval/i2t_r1")
     """The metric that a sweep maximises, and that result.json repeats as `objective`."""
 

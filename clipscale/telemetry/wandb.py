@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 from clipscale.config.running import Tracking, TrackingMode
 
 INIT_TIMEOUT_S = 30
+FINISH_TIMEOUT_S = 60
 
 
 def read_run_id(run: Path) -> str:
@@ -87,7 +88,13 @@ class WandbSink:
             config=settings,
             mode=mode,  # type: ignore[arg-type]
             settings=wandb.Settings(
-                init_timeout=INIT_TIMEOUT_S, silent=True, console="off", disable_git=True, x_disable_meta=True
+                init_timeout=INIT_TIMEOUT_S,
+                finish_timeout=FINISH_TIMEOUT_S,
+                finish_timeout_raises=True,
+                silent=True,
+                console="off",
+                disable_git=True,
+                x_disable_meta=True,
             ),
         )
         started.define_metric("samples_seen")

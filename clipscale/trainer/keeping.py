@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from clipscale.checkpoint import TOKENIZER, Saved
 from clipscale.checkpoint.places import home
 from clipscale.config import Config
+from clipscale.config.rundir import log_event
 from clipscale.data.io import ShardStore
+from clipscale.data.order import SampleOrder
 from clipscale.errors import ConfigError
+
+log = logging.getLogger("clipscale")
 
 
 def mark_best(saved: Saved, metric: str | None, values: Mapping[str, float]) -> bool:
@@ -43,3 +48,20 @@ def record_elsewhere(config: Config, path: Path) -> None:
     store = ShardStore(config.storage)
     for file in (path / "config.yaml", *sorted((path / TOKENIZER).glob("*"))):
         store.write(f"{home(config)}/{file.relative_to(path)}", file.read_bytes())
+
+
+def record_damage(path: Path, damaged: Mapping[str, str]) -> None:
+    """Log the checkpoints that were passed over, and what is wrong with each."""
+    for name, problem in damaged.items():
+        log.warning("checkpoint %s is damaged: %s", name, problem)
+        log_event(path, "damaged_checkpoint", checkpoint=name, problem=problem)
+
+
+def check_order(saved: Saved, order: SampleOrder, path: Path) -> None:
+    """Raise ConfigError when a checkpoint's place in the data is of other data than a run's."""
+    if saved.fingerprint != order.fingerprint:
+        raise ConfigError(
+            f"the training data is not the one that {path} was trained on: its shards, their sample counts, "
+            f"weights, seed, streams or window changed (order {saved.fingerprint} in the checkpoint, "
+            f"{order.fingerprint} now); restore the data or choose another name=…"
+        )
