@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 from collections.abc import Iterator
@@ -199,3 +200,9 @@ def test_the_manifest_sums_up_every_file(tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(path, moved)
     assert local(moved).damage(local(moved).manifest()) == ""
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], {})
+    assert capsys.readouterr().out == "step_00000001 256\n"

@@ -79,7 +79,7 @@ def test_a_run_goes_on_from_another(undisturbed: Path, tmp_path: Path) -> None:
     # Its own checkpoint comes first from then on, and nothing is asked of the other one.
     code, path = train(tmp_path, 7, "name=second", "checkpoint.resume_from=/nowhere")
     assert code == 0 and events(path, "started")[1]["samples_seen"] == 6 * BATCH
-    code, _ = train(tmp_path, 1, "name=third", "checkpoint.resume_from=/nowhere")
+    code, _ = train(tmp_path, 2, "name=third", "checkpoint.resume_from=/nowhere")
     assert code == 2
 
 
