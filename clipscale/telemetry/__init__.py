@@ -2,5 +2,6 @@
 
 from clipscale.telemetry.meters import Meters
 from clipscale.telemetry.sinks import Sinks, evaluated_at, last_values
+from clipscale.telemetry.stragglers import Stragglers
 
-__all__ = ["Meters", "Sinks", "evaluated_at", "last_values"]
+__all__ = ["Meters", "Sinks", "Stragglers", "evaluated_at", "last_values"]
