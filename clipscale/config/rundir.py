@@ -40,7 +40,7 @@ def open_run(config: Config, experiment: str, overrides: Sequence[str], world: i
             "model.classes is recorded by loss=cross_entropy, from data.zeroshot.classes=FILE.json; leave "
             "model.classes out"
         )
-    validate(config)
+    validate(config, world)
     if config.name is None:
         config.name = f"{experiment}-{identity(config)}"
     run = Run(Path(config.runs_dir, config.name), config)
@@ -52,7 +52,7 @@ def open_run(config: Config, experiment: str, overrides: Sequence[str], world: i
         _join(run, load_config(recorded))
     else:
         config.data.streams = config.data.streams or default_streams(config.global_batch_size, world)
-    validate(config)
+    validate(config, world)
     try:
         (run.path / "logs").mkdir(parents=True, exist_ok=True)
         save_config(config, recorded)
