@@ -219,7 +219,7 @@ def _without_storage() -> Iterator[None]:
     def forget(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
         return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(forget)
+    hook = register_module_parameter_registration_hook(forget)  # type: ignore[arg-type]
     try:
         yield
     finally:

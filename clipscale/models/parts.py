@@ -63,8 +63,8 @@ class Part:
 
     ``flops`` of its forward pass, a multiply-add being two. A block that can be checkpointed has an ``entry``, its
     input, which is all that it keeps then; ``unrepeated`` are the FLOPs after the last thing that it keeps, at which
-    torch stops when it repeats the block. Where it is checkpointed selectively, it keeps what is ``chosen`` as well, and
-    repeats ``again`` FLOPs (:func:`clipscale.parallel.recompute.keeps`).
+    torch stops when it repeats the block. Where it is checkpointed selectively, it keeps what is ``chosen`` as well,
+    and repeats ``again`` FLOPs (:func:`clipscale.parallel.recompute.keeps`).
     """
 
     parameters: int

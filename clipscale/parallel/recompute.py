@@ -68,7 +68,8 @@ def _contexts(block: nn.Module, selective: bool) -> Any:
     if not selective:
         return partial(recomputing, block) if norms else None
     chosen = partial(create_selective_checkpoint_contexts, keeps)
-    return partial(_both, chosen, partial(recomputing, block)) if norms else chosen
+    # The norms' first: what they set aside is nothing that the forward pass did, and is not looked for among that.
+    return partial(_both, partial(recomputing, block), chosen) if norms else chosen
 
 
 def _both(*made: Any) -> Contexts:

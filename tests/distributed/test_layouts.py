@@ -83,7 +83,7 @@ class Bounds(NamedTuple):
 
 
 # Sums in another order; roundings of 8 bits that fall elsewhere; and for bf16, held against fp32, all of its roundings.
-BOUNDS = {"fp32": Bounds(1e-4, 1e-5, 1e-3), "amp_bf16": Bounds(0.05, 1e-3, 0.02), "bf16": Bounds(0.1, 1e-2, 0.05)}
+BOUNDS = {"fp32": Bounds(1e-5, 1e-6, 1e-5), "amp_bf16": Bounds(0.01, 1e-3, 5e-3), "bf16": Bounds(0.05, 2e-3, 0.01)}
 
 
 @cache
