@@ -100,7 +100,8 @@ class CLIP(nn.Module):
         Captions beyond the first B belong to no image. ``after_text`` is called with ``text`` and ``extra_text`` before
         the image tower begins. ``seeds`` Int64[B] are the images', as VisionTower takes them.
         """
-        text, extra_text = _normalize(self.text(text_ids, text_lengths)).tensor_split([len(images)])
+        parts = _normalize(self.text(text_ids, text_lengths)).tensor_split([len(images)])
+        text, extra_text = (part.clone() for part in parts)  # FSDP would warn of views, whatever is done with them
         if after_text is not None:
             after_text(text, extra_text)
         image = _normalize(self.visual(images, seeds))

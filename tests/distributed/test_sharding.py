@@ -109,14 +109,20 @@ def test_layers_of_another_librarys_tower_are_units() -> None:
 # ---- first weights ----------------------------------------------------------------------------------------------
 
 
-def _first(overrides: list[str], tower: str) -> tuple[dict[str, torch.Tensor], bool]:
-    """All weights, and whether this rank held more than its shards of any."""
+def _first(overrides: list[str], tower: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """All weights, and those of which this rank holds more than its shard."""
     config = configured(*overrides, tower=tower)
     model = build_model(config.model, seed=5, drawn=False)
     laid_out = parallelize(model, config.parallel, CPU).model
-    mine = [p.to_local() for p in laid_out.parameters()]  # type: ignore[operator]
-    more = any(p.untyped_storage().nbytes() > p.element_size() * (p.numel() + p.shape[-1] * 64) for p in mine if p.ndim)
+    shards = config.parallel.shard_size or world_size()
+    more = [
+        name for name, p in laid_out.named_parameters() if _held(p) > 4 * -(-p.shape[0] // shards) * p.shape[1:].numel()
+    ]
     return {name: whole(p.detach()).clone() for name, p in laid_out.named_parameters()}, more
+
+
+def _held(parameter: Any) -> int:
+    return parameter.to_local().untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize(
