@@ -69,6 +69,12 @@ class DataBudgetError(ClipscaleError):
     exit_code = ExitCode.DATA_BUDGET
 
 
+class SaveError(ClipscaleError):
+    """A checkpoint that could not be written."""
+
+    exit_code = ExitCode.FAILED
+
+
 class BusyError(ClipscaleError):
     """A run that another process is training."""
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from clipscale import __version__
-from clipscale.checkpoint.checkpointer import MANIFEST, read_saved
 from clipscale.checkpoint.export import WRITERS
 from clipscale.checkpoint.loading import copy_tokenizer, find_checkpoint, load_model
+from clipscale.checkpoint.manifest import MANIFEST
+from clipscale.checkpoint.places import local
 from clipscale.config import Config
 from clipscale.config.data import Builtin
 from clipscale.config.hub import shareable
@@ -178,7 +179,7 @@ def head_summary(config: Config) -> str:
 
 
 def _training(path: Path, config: Config) -> dict[str, Any]:
-    seen = read_saved(path).samples_seen if (path / MANIFEST).exists() else "not recorded"
+    seen = local(path).manifest().saved.samples_seen if (path / MANIFEST).exists() else "not recorded"
     return {
         "samples seen": seen,
         "global batch size": config.global_batch_size,
@@ -214,7 +215,7 @@ def _data(config: Config) -> str:
 
 def _results(path: Path) -> str:
     result = read_result(path.parent.parent) or {}
-    if not (path / MANIFEST).exists() or result.get("samples_seen") != read_saved(path).samples_seen:
+    if not (path / MANIFEST).exists() or result.get("samples_seen") != local(path).manifest().saved.samples_seen:
         return "None were recorded of these weights."  # the run went on from here
     metrics = {key: f"{value:.4g}" for key, value in result.get("metrics", {}).items() if key.startswith("val/")}
     return _table(metrics, "metric", "value") if metrics else "None were recorded of these weights."

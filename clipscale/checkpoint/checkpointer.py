@@ -1,20 +1,21 @@
 """Checkpoints by torch's distributed checkpointing: every rank writes its shards, any layout reads them back.
 
-A checkpoint is a directory ``checkpoints/step_N/``. ``manifest.json`` is written last, with the size of every file: a
-directory without it, or whose files do not match it, was never finished and is not a checkpoint.
+A checkpoint is a directory, or a remote prefix, ``checkpoints/step_N``. Saving copies the state and returns; a thread
+writes the copy, in a process group of its own: collectives of two threads in one group would meet each other's. When
+all ranks have written, rank 0 writes the manifest: without it there is no checkpoint, and an older one goes only then.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
+import logging
+import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,52 +23,108 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from clipscale.distributed.collectives import rank, world_size
-from clipscale.errors import ClipscaleError
+from clipscale.checkpoint.manifest import MANIFEST, DamagedError, Manifest, Saved, Stored, read_manifest
+from clipscale.checkpoint.places import checkpoints_in, finished_in
+from clipscale.checkpoint.reading import Reader, SafePlanner
+from clipscale.checkpoint.staging import Staging
+from clipscale.checkpoint.writing import write
+from clipscale.config.data import Storage
+from clipscale.data.io import ShardStore
+from clipscale.distributed.collectives import Group, rank, world_size
+from clipscale.errors import ClipscaleError, DataError, SaveError
 
-MANIFEST = "manifest.json"
+T = TypeVar("T")
+log = logging.getLogger("clipscale")
 
-
-@dataclass
-class Saved:
-    """What a checkpoint holds beside tensors: where the run stands."""
-
-    samples_seen: int = 0
-    step: int = 0
-    time_s: float = 0.0
-    positions: list[int] = field(default_factory=list)
-    """Where each canonical stream stands after the last finished step."""
-    fingerprint: str = ""
-    """Of the sample order that the positions belong to."""
-    bad_samples: int = 0
-    bad_reasons: dict[str, int] = field(default_factory=dict)
-    truncated_captions: int = 0
-    scaler: dict[str, Any] = field(default_factory=dict)
-    teachers: list[str] = field(default_factory=list)
-    """Checkpoints of the runs that teach, and the fingerprints of each."""
+DAMAGED = "damaged.json"  # what the manifest of a damaged checkpoint becomes
 
 
 class Checkpointer:
     """Saves and restores a model, its optimizer and the tensors of its average.
 
     Args:
-        directory: the run's ``checkpoints``.
+        place: the run's ``checkpoints``, a directory or a remote prefix.
         keep_last: newest checkpoints that stay.
+        store: what opens a remote place.
+        scratch: local directory for what is on its way to a remote place.
     """
 
-    def __init__(self, directory: Path, keep_last: int) -> None:
-        self._directory, self._keep_last = directory, keep_last
+    def __init__(
+        self,
+        place: str | Path,
+        keep_last: int,
+        store: ShardStore | None = None,
+        scratch: Path | None = None,
+    ) -> None:
+        self._place, self._keep_last = str(place), keep_last
+        self._store, self._scratch = store or ShardStore(Storage()), scratch
+        self._staging = Staging()
+        self._group: Group = None
+        self._save: _Background | None = None
+        self.damaged: dict[str, str] = {}
+        """What is wrong with the checkpoints that :meth:`newest` passed over, by name."""
 
-    def newest(self) -> Path | None:
-        """The newest finished checkpoint."""
-        return next(iter(finished_checkpoints(self._directory)), None)
+    def newest(self) -> Stored | None:
+        """The newest checkpoint that is as it was written, to the last bit; None if there is none. A collective.
 
-    def clean(self) -> None:
-        """Remove what an interrupted save left behind. Main rank only."""
-        finished = finished_checkpoints(self._directory)
-        for path in self._directory.glob("step_*"):
-            if path not in finished:
-                shutil.rmtree(path)
+        Every rank verifies a share of the files. Raises ClipscaleError when there are checkpoints and all are damaged.
+        """
+        return self._whole(_from_first(lambda: finished_in(self._place, self._store)))
+
+    def before(self, step: int) -> Stored | None:
+        """As :meth:`newest`, of those that were saved at ``step`` or before it, or else the oldest of all.
+
+        Waits for the save that is under way, whose failure is nobody's concern any more.
+        """
+        with suppress(SaveError):
+            self.wait()
+        found = _from_first(lambda: finished_in(self._place, self._store))
+        return self._whole([stored for stored in found if stored.step <= step] or found[-1:])
+
+    def _whole(self, found: list[Stored]) -> Stored | None:
+        self.damaged = {}
+        for stored in found:
+            if not (problem := self._damage(stored)):
+                if rank() == 0:
+                    for other in found[: len(self.damaged)]:
+                        self._set_aside(other)
+                return stored
+            self.damaged[stored.name] = problem
+        if found:
+            listed = "; ".join(f"{name}: {problem}" for name, problem in self.damaged.items())
+            raise ClipscaleError(
+                f"no checkpoint in {self._place} is whole ({listed}); put one back from a copy, or remove them "
+                "to start from the beginning; they must be seen by all nodes, see checkpoint.dir"
+            )
+        return None
+
+    def _damage(self, stored: Stored) -> str:
+        def look() -> str:
+            try:
+                return stored.damage(stored.manifest(), among=slice(rank(), None, world_size()))
+            except DamagedError as error:
+                return str(error)
+
+        return next(filter(None, _everywhere(look())), "")
+
+    def _set_aside(self, stored: Stored) -> None:
+        """Take a damaged checkpoint from those to be kept; the rest of it stays, for who would mend it, until the next
+        save."""
+        try:
+            text = read_manifest(stored)
+        except DamagedError:
+            text = b""
+        self._store.write(f"{stored.location}/{DAMAGED}", text)
+        self._store.remove(f"{stored.location}/{MANIFEST}")
+
+    def clean(self) -> list[str]:
+        """Remove what interrupted saves left behind; returns their names. Main rank only."""
+        known = {MANIFEST, DAMAGED}
+        found = checkpoints_in(self._place, self._store)
+        left = [stored for stored in found if known.isdisjoint(self._store.names(stored.location))]
+        for stored in left:
+            self._store.remove(stored.location)
+        return [stored.name for stored in left]
 
     def save(
         self,
@@ -75,84 +132,131 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer,
         ema: Mapping[str, torch.Tensor],
         saved: Saved,
-    ) -> Path:
-        """Write a checkpoint; every rank calls it. Returns its directory."""
-        path = self._directory / f"step_{saved.step:08d}"
+    ) -> None:
+        """Begin to write a checkpoint of this moment; every rank calls it, and may change everything at once after.
+
+        Waits for the save before this one, and raises its error.
+        """
+        self.wait()
         weights, moments = get_state_dict(model, optimizer)
-        with _quiet(), _in_one_line(path, "written"):
-            dcp.save({"model": weights, "optim": moments, "ema": dict(ema)}, checkpoint_id=path)
-        if rank() == 0:
-            files = {file.name: file.stat().st_size for file in path.iterdir() if file.name != MANIFEST}
-            scratch = path / f"{MANIFEST}.tmp"
-            scratch.write_text(json.dumps({"saved": asdict(saved), "files": files}, indent=1))
-            scratch.replace(path / MANIFEST)
-            for old in finished_checkpoints(self._directory)[self._keep_last :]:
-                (old / MANIFEST).unlink()  # first: a half-removed checkpoint must not look finished
-                shutil.rmtree(old)
-        if world_size() > 1:
-            dist.barrier()
-        return path
+        state = self._staging.copy({"model": weights, "optim": moments, "ema": dict(ema)})
+        if self._group is None and world_size() > 1:
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")  # for good: it is a thread's
+        stored = Stored(f"{self._place}/step_{saved.step:08d}", self._store)
+        then = replace(saved)
+        self._save = _Background(lambda: write(stored, self._scratch, state, then, self._group, self._retire))
+
+    def wait(self) -> None:
+        """Wait until the save that is under way has ended. Raises SaveError, on all ranks, when it failed."""
+        if self._save is not None:
+            ended, self._save = self._save, None
+            ended.join()
+
+    def failure(self) -> str:
+        """Why the last save failed, if it has ended by now; told once. Empty while all is well. Never waits."""
+        if self._save is None or not self._save.ended:
+            return ""
+        try:
+            self.wait()
+        except SaveError as error:
+            return str(error)
+        return ""
+
+    def _retire(self) -> None:
+        """Remove what is not to be kept, now that a newer one is finished. Main rank only."""
+        kept = {stored.name for stored in finished_in(self._place, self._store)[: self._keep_last]}
+        for old in checkpoints_in(self._place, self._store):
+            if old.name not in kept:
+                try:
+                    self._store.remove(f"{old.location}/{MANIFEST}")  # first: a half-removed one must not look finished
+                    self._store.remove(old.location)
+                except DataError as error:
+                    log.warning("an old checkpoint stays: %s", error)
 
     def restore(
-        self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, torch.Tensor]
+        self, stored: Stored, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, torch.Tensor]
     ) -> Saved:
         """Load a checkpoint in place, whatever layout and world size wrote it; every rank calls it.
 
         Raises ClipscaleError when it does not fit the model or is damaged.
         """
+        manifest = stored.manifest()
         weights, moments = get_state_dict(model, optimizer)
         state = {"model": weights, "optim": moments, "ema": dict(ema)}
-        read_tensors(path, state)
+        _load(stored, manifest, state)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-        return read_saved(path)
+        return manifest.saved
 
 
-def finished_checkpoints(directory: Path) -> list[Path]:
-    """Finished checkpoints below a directory, newest first."""
-    return [path for path in sorted(directory.glob("step_*"), reverse=True) if _is_finished(path)]
+class _Background:
+    """Work in a thread that does not keep a failed process alive."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+    def join(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # told by join
+            self._error = error
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(stored: Stored) -> str:
     """Sixteen hex digits by which a checkpoint is known again."""
-    return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(read_manifest(stored)).hexdigest()[:16]
 
 
-def read_saved(path: Path) -> Saved:
-    """Where the run stood when a checkpoint was written."""
-    return Saved(**json.loads((path / MANIFEST).read_text())["saved"])
-
-
-def read_tensors(path: Path, state: dict[str, Any], alone: bool = False) -> None:
-    """Fill a state dict in place from a checkpoint; a collective unless this process is to do it ``alone``.
+def read_tensors(stored: Stored, state: dict[str, Any]) -> None:
+    """Fill a state dict in place from a checkpoint, in this process alone, after all of its files are verified.
 
     Raises ClipscaleError when it does not fit or is damaged.
     """
-    with _quiet(), _in_one_line(path, "loaded"):
-        dcp.load(state, checkpoint_id=path, no_dist=alone)
+    manifest = stored.manifest()
+    if problem := stored.damage(manifest):
+        raise DamagedError(f"checkpoint {stored.location} is damaged: {problem}; name an older one")
+    _load(stored, manifest, state, alone=True)
+
+
+def _load(stored: Stored, manifest: Manifest, state: dict[str, Any], alone: bool = False) -> None:
+    with warnings.catch_warnings(), _in_one_line(stored):
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+        dcp.load(state, storage_reader=Reader(stored, manifest), planner=SafePlanner(), no_dist=alone)
 
 
 @contextmanager
-def _in_one_line(path: Path, verb: str) -> Iterator[None]:
+def _in_one_line(stored: Stored) -> Iterator[None]:
     try:
         yield
     except dcp.api.CheckpointException as error:  # not an Exception, and its text is pages long
         first = next(iter(error.failures.values()))[0]
-        raise ClipscaleError(f"checkpoint {path} cannot be {verb}: {str(first).splitlines()[0]}") from None
+        reason = (str(first) or type(first).__name__).splitlines()[0]
+        raise ClipscaleError(f"checkpoint {stored.location} cannot be loaded: {reason}") from None
 
 
-def _is_finished(path: Path) -> bool:
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        return all((path / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+def _from_first(make: Callable[[], T]) -> T:
+    """What rank 0 makes, on all ranks."""
+    made: list[Any] = [make() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(made)
+    return made[0]
 
 
-class _quiet(warnings.catch_warnings):
-    """Without torch's remarks that a single process saves without a process group."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        return entered
+def _everywhere(mine: T) -> list[T]:
+    """What each rank brings, in rank order."""
+    everyone: list[Any] = [mine] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(everyone, mine)
+    return everyone

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from clipscale.checkpoint.checkpointer import finished_checkpoints, read_tensors
+from clipscale.checkpoint.checkpointer import read_tensors
 from clipscale.checkpoint.files import read_file
+from clipscale.checkpoint.manifest import MANIFEST
+from clipscale.checkpoint.places import finished_in, local
 from clipscale.config import Config, load_config
 from clipscale.data.samples import preprocess
 from clipscale.data.tokenizer import Tokenizer, build_tokenizer
@@ -73,9 +75,9 @@ def load_model(run_or_checkpoint: str | Path) -> tuple[CLIP, Config]:
     weights = {name: p.detach() for name, p in model.named_parameters()}
     buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
     if config.ema.decay is not None:
-        read_tensors(path, {"ema": weights, "model": buffers}, alone=True)
+        read_tensors(local(path), {"ema": weights, "model": buffers})
     else:
-        read_tensors(path, {"model": weights | buffers}, alone=True)
+        read_tensors(local(path), {"model": weights | buffers})
     return model, config
 
 
@@ -91,7 +93,10 @@ def find_checkpoint(path: Path) -> tuple[Path, Config]:
         )
     if run == path and (path / EXPORTED).exists():
         return path, load_config(path / "config.yaml")
-    found = [path] if run != path else finished_checkpoints(run / "checkpoints")
-    if not found or not (found[0] / "manifest.json").exists():
+    found = [path]
+    if run == path:
+        stored = finished_in(str(run / "checkpoints"), local(run).store)
+        found = [Path(one.location) for one in stored]
+    if not found or not (found[0] / MANIFEST).exists():
         raise ClipscaleError(f"{path} has no finished checkpoint yet; train it first: clipscale train")
     return found[0], load_config(run / "config.yaml")

@@ -17,6 +17,7 @@ from torch import nn
 from clipscale.config.model import TextPool
 from clipscale.errors import ClipscaleError, ConfigError
 from clipscale.models import CLIP
+from clipscale.models.packing import find_lengths
 from clipscale.models.text import AttentionPool, TextTower
 
 BOUND = 1e-4  # of a unit vector's components
@@ -50,7 +51,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         tower, config = self.tower, self.tower.config
-        ends = (ids == tower.eot_id).int().argmax(dim=1, keepdim=True)
+        ends = find_lengths(ids, tower.eot_id)[:, None] - 1
         real = torch.arange(ids.shape[1], device=ids.device) <= ends
         if config.pad_to_context:  # the caption sees what fills it
             ids = ids.where(real, config.pad_id)

@@ -7,9 +7,11 @@ last good byte, a bounded number of times, and is an error then. Nothing that is
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import os
+import posixpath
 import shutil
 import subprocess
 import time
@@ -181,6 +183,32 @@ class ShardStore:
             scratch.replace(path)
         except OSError as error:
             raise DataError(f"{location} cannot be written: {error.strerror}") from None
+
+    def names(self, location: str) -> list[str]:
+        """What lies directly in a directory, or below a remote prefix, sorted; nothing if it is not there."""
+        if not location.startswith(REMOTE):
+            return sorted(path.name for path in Path(location).iterdir()) if Path(location).is_dir() else []
+        client, key = self._client(location)
+        prefix = f"{key.rstrip('/')}/"
+        found = self._retrying(location, lambda: obstore.list_with_delimiter(client, prefix))
+        objects = [str(entry["path"]) for entry in found["objects"]]
+        return sorted(posixpath.basename(path) for path in [*objects, *map(str, found["common_prefixes"])])
+
+    def remove(self, location: str) -> None:
+        """Remove a file or an object, or all below a directory or a remote prefix; nothing if it is not there."""
+        if not location.startswith(REMOTE):
+            path = Path(location)
+            try:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            except OSError as error:
+                raise DataError(f"{location} cannot be removed: {error.strerror}") from None
+            return
+        client, key = self._client(location)
+        below = self._retrying(location, lambda: obstore.list(client, f"{key.rstrip('/')}/").collect())
+        # S3 deletes what is not there without a word; other stores complain.
+        paths = [str(entry["path"]) for entry in below] or [key]
+        with contextlib.suppress(MissingError):
+            self._retrying(location, lambda: obstore.delete(client, paths))
 
     def _retrying(self, location: str, attempt: Callable[[], T], progressed: Callable[[], bool] = lambda: False) -> T:
         failures = 0

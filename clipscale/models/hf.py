@@ -19,7 +19,7 @@ from clipscale.config.hub import fetch, require_transformers
 from clipscale.config.model import HFPool, HFProjection, Text
 from clipscale.errors import ClipscaleError, ConfigError
 from clipscale.models.groups import STEP
-from clipscale.models.packing import Packing, check_lengths, find_ends, unpad
+from clipscale.models.packing import Packing, check_lengths, unpad
 
 CONFIG = "config.json"
 # Kinds that cannot be trained on captions, and why.
@@ -102,15 +102,9 @@ class HFTextTower(nn.Module):
     def pack(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Padded ids Int[B, L] as packed ids Int[T] and lengths Int[B].
 
-        A caption ends at its last end-of-text token; where that fills the row too, at the first of those that do.
-
-        Raises ValueError for a row without one.
+        Raises ValueError for a row without an end-of-text token.
         """
-        # The last, because some tokenizers begin captions with the token that ends them (OPT); others pad with it.
-        backwards = find_ends(padded, self.eot_id).flip(1).int()
-        filling = backwards.cumprod(dim=1).sum(dim=1)
-        lengths = padded.shape[1] - torch.where(filling > 0, filling - 1, backwards.argmax(dim=1))
-        return unpad(padded, lengths)
+        return unpad(padded, self.eot_id)
 
     @torch.no_grad()
     def draw(self, seed: int) -> None:

@@ -123,16 +123,25 @@ def check_lengths(lengths: torch.Tensor, context_length: int) -> int:
     return longest
 
 
-def find_ends(padded: torch.Tensor, eot_id: int) -> torch.Tensor:
-    """Where end-of-text tokens stand in padded ids Int[B, L], Bool[B, L]. Raises ValueError for a row without one."""
-    ends = padded == eot_id
-    if not bool(ends.any(dim=1).all()):
+def find_lengths(padded: torch.Tensor, eot_id: int) -> torch.Tensor:
+    """Lengths Int64[B] of captions in padded ids Int[B, L]; 0 where there is no end-of-text token.
+
+    A caption ends at its last one; where that fills the row too, at the first of those that do.
+    """
+    # The last, because some tokenizers begin captions with the token that ends them (OPT); others pad with it.
+    places, ends = torch.arange(1, padded.shape[1] + 1, device=padded.device), padded == eot_id
+    last_end, last_other = ((places * found).amax(dim=1) for found in (ends, ~ends))
+    return torch.where(last_end > last_other, last_other + 1, last_end)
+
+
+def unpad(padded: torch.Tensor, eot_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded ids Int[B, L] as packed ids Int[T] and lengths Int64[B].
+
+    Raises ValueError for a row without an end-of-text token.
+    """
+    lengths = find_lengths(padded, eot_id)
+    if not bool((lengths > 0).all()):
         raise ValueError(f"a caption has no end-of-text token ({eot_id}); was it made by this model's tokenizer?")
-    return ends
-
-
-def unpad(padded: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first ``lengths`` Int[B] of padded ids Int[B, L], packed Int[T], and those lengths."""
     keep = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
     return padded[keep], lengths
 

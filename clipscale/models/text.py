@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clipscale.config.model import Activation, Text, TextPool
-from clipscale.models.packing import Packing, attend, attend_from, check_lengths, find_ends, has_kernel, mean, unpad
+from clipscale.models.packing import Packing, attend, attend_from, check_lengths, has_kernel, mean, unpad
 
 FILL = 256  # tokens; few shapes to compile for, and little that is computed for nothing
 
@@ -182,8 +182,8 @@ class TextTower(nn.Module):
         return Packing.of(lengths, device, exact=has_kernel(device, dtype, self.head_width), fill=self.fill)
 
     def pack(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Padded ids Int[B, L] as packed ids Int[T] and lengths Int[B]; each caption ends at its end-of-text token.
+        """Padded ids Int[B, L] as packed ids Int[T] and lengths Int[B].
 
-        Raises ValueError for a row without one.
+        Raises ValueError for a row without an end-of-text token.
         """
-        return unpad(padded, find_ends(padded, self.eot_id).int().argmax(dim=1) + 1)
+        return unpad(padded, self.eot_id)

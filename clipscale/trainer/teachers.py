@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from clipscale.checkpoint import find_checkpoint, fingerprint, load, load_tokenizer
+from clipscale.checkpoint.places import local
 from clipscale.config import Config
 from clipscale.config.optim import PrecisionName
 from clipscale.data.loader import Batch
@@ -49,7 +50,7 @@ def pin_teachers(config: Config, tokenizer: Tokenizer, recorded: Sequence[str]) 
             checkpoint, its = find_checkpoint(checkpoint)
         except ClipscaleError as error:
             raise ConfigError(f"loss.teachers: {error}") from None
-        teacher = PinnedTeacher(checkpoint, fingerprint(checkpoint))
+        teacher = PinnedTeacher(checkpoint, fingerprint(local(checkpoint)))
         if known not in ("", teacher.fingerprint):
             raise ConfigError(
                 f"loss.teachers: {checkpoint} is not the checkpoint that this run has learnt from; restore that, or "

@@ -12,20 +12,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from clipscale.checkpoint import TOKENIZER, Checkpointer, Saved, read_saved
+from clipscale.checkpoint import TOKENIZER, Checkpointer, Saved
 from clipscale.config import Config, save_config
 from clipscale.config.fields import leaves
-from clipscale.config.model import HeadStart, model_summary
+from clipscale.config.model import HeadStart
 from clipscale.config.resume import value_of
 from clipscale.config.rundir import append_rows, count_events, log_event, write_result
 from clipscale.config.schema import Config as Schema
-from clipscale.data.io import PIPE
 from clipscale.data.loader import Batch
 from clipscale.distributed.collectives import gather, total, world_size
 from clipscale.distributed.faults import StopRequest
 from clipscale.distributed.runtime import Runtime
-from clipscale.errors import ConfigError, DivergedError, ExitCode
-from clipscale.evals import build_evaluators, damaged_shards
+from clipscale.errors import ClipscaleError, ConfigError, DivergedError, ExitCode, SaveError
+from clipscale.evals import build_evaluators
 from clipscale.models import Classifier, build_model
 from clipscale.optim import Ema, build_optimizer, configure, learning_rate
 from clipscale.parallel import build_scaler, heights, lock, parallelize
@@ -45,6 +44,7 @@ from clipscale.trainer.build import (
     start_head,
 )
 from clipscale.trainer.objective import build_objective
+from clipscale.trainer.opening import tell_start
 from clipscale.trainer.step import TrainStep
 from clipscale.trainer.teachers import pin_teachers
 
@@ -59,8 +59,8 @@ class Trainer:
         self.path = run_path(config)
         self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
         self.tokenizer = read_tokenizer(config, runtime)
-        newest = self.checkpoints.newest()
-        taught_by = read_saved(newest).teachers if newest else []
+        self.newest = newest = self.checkpoints.newest()
+        taught_by = newest.manifest().saved.teachers if newest else []
         teachers = once_per_node(runtime, lambda: pin_teachers(config, self.tokenizer, taught_by))
         self.data = place_data(config.data, runtime)
         self.store = build_store(config, runtime.world)
@@ -112,6 +112,9 @@ class Trainer:
             stop = StopRequest(self.runtime.device)  # after the workers' server, which must not inherit its handlers
             try:
                 return self._train(batches, stop)
+            except ClipscaleError:
+                self._settle()  # what was being saved when it happened is good
+                raise
             finally:
                 stop.release()
         finally:
@@ -122,6 +125,7 @@ class Trainer:
         self._evaluate()  # what a kill in an evaluation left undone
         while not self._is_over:
             self._train_on(next(batches))
+            self._warn_of_save(self.checkpoints.failure())
             if self._logs():
                 self._log()
             if self._due(config.checkpoint.every_samples) or self._is_over:
@@ -256,6 +260,7 @@ class Trainer:
         if self.checkpointed_at == self.saved.step:
             return
         self._refuse_nonsense(self.loss.item(), self.step.grad_norm())  # it must not replace a good checkpoint
+        self._settle()
         self.checkpointed_at = self.saved.step
         self.account.save(self.saved)
         self.saved.positions = gather(self.positions.to(self.runtime.device)).tolist()
@@ -265,7 +270,23 @@ class Trainer:
         self.checkpoints.save(self.model, self.step.optimizer, ema, self.saved)
         self.meters.restart()
 
+    def _settle(self) -> None:
+        """Wait for the save that is under way; one that failed is told, and the last good checkpoint stands."""
+        try:
+            self.checkpoints.wait()
+        except SaveError as error:
+            self._warn_of_save(str(error))
+
+    def _warn_of_save(self, problem: str) -> None:
+        if not problem:
+            return
+        log.warning(problem)
+        if self.runtime.is_main:
+            log_event(self.path, "save_failed", samples_seen=self.saved.samples_seen, problem=problem)
+            self.sinks.console.say(f"warning: {problem}; training goes on, and the last good checkpoint is kept")
+
     def _finish(self, code: ExitCode) -> ExitCode:
+        self.checkpoints.wait()
         bad = self.account.by_reason(self.saved.bad_samples)
         log.info("%s at %s samples", code.name.lower(), self.saved.samples_seen)
         if not self.runtime.is_main:
@@ -317,7 +338,8 @@ class Trainer:
         self.started = time.perf_counter()
         self.attempt = 1 + count_events(self.path, "started")
         self.lr = 0.0
-        newest = self.checkpoints.newest()
+        self.unfinished: list[str] = []
+        newest = self.newest
         if world_size() > 1:
             dist.barrier()  # before the main rank counts this start, or removes anything
         if newest is not None:
@@ -335,7 +357,10 @@ class Trainer:
         made = evaluated_at(self.path / "metrics.jsonl", self.saved.samples_seen) if self.runtime.is_main else 0
         self.evaluated_at = int(total(torch.tensor([made], device=self.runtime.device)))
         if self.runtime.is_main:
-            self.checkpoints.clean()
+            for name, problem in self.checkpoints.damaged.items():
+                log.warning("checkpoint %s is damaged: %s", name, problem)
+                log_event(self.path, "damaged_checkpoint", checkpoint=name, problem=problem)
+            self.unfinished = self.checkpoints.clean()
             save_config(self.config, self.path / "config.yaml")  # with the window that was chosen
             log_event(
                 self.path, "started", attempt=self.attempt, world_size=self.runtime.world,
@@ -353,7 +378,7 @@ class Trainer:
             )
 
     def _open_sinks(self) -> Sinks:
-        config, saved, order = self.config, self.saved, self.train.order
+        config, saved = self.config, self.saved
         settings = {key: value_of(config, key) for key, _, _ in leaves(Schema)}
         sinks = Sinks(
             self.path,
@@ -363,36 +388,5 @@ class Trainer:
             config.total_samples,
             self.runtime.is_main,
         )
-        say = sinks.console.say
-        start = f"resuming at {saved.samples_seen:,}" if saved.samples_seen else "starting"
-        start += f" from {self.starts_from}," if self.starts_from else ""
-        parameters = sum(p.numel() for p in self.model.parameters())
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        locked = f" ({trained / 1e6:.1f} M trained)" if trained < parameters else ""
-        parts = f", {self.step.microbatches} microbatches on each process" if self.step.microbatches > 1 else ""
-        say(f"{self.path}: {start} of {config.total_samples:,} samples in batches of {config.global_batch_size}{parts}")
-        say(
-            f"  model {model_summary(config.model)}, {parameters / 1e6:.1f} M parameters{locked}; "
-            f"{config.parallel.strategy.value}, {self.runtime.world} x {self.runtime.device.type}, "
-            f"{config.precision.name.value}"
-        )
-        for change in self.resized:
-            say(f"  {self.config.init.weights}: {change}")
-        say(
-            f"  data {self.train.samples:,} samples in {len(order.shards)} shards; {order.streams} streams, "
-            f"windows of {order.window_size}"
-        )
-        if self.runtime.spares:
-            started = self.runtime.world + self.runtime.spares
-            say(
-                f"warning: {self.runtime.spares} of {started} processes idle: {order.streams} streams cannot be shared "
-                f"evenly by more than {self.runtime.world}; a new run begun with {started} uses all where they divide "
-                "global_batch_size"
-            )
-        if any(file.location.startswith(PIPE) for file in self.train.files):
-            say("warning: pipe: shards are read from their beginning for each part of them; other locations are faster")
-        for name, damage in (self.train.damaged | damaged_shards(self.evaluators)).items():
-            say(f"warning: shard {name} {damage}")
-            if self.runtime.is_main:
-                log_event(self.path, "damaged_shard", shard=name, damage=damage)
+        tell_start(self, sinks.console.say)
         return sinks

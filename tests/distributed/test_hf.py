@@ -56,7 +56,9 @@ def save_at(directory: Path, overrides: list[str]) -> list[float]:
     step = step_of("bert", overrides)
     advance(step, 0, 2)
     ema = step.ema.state_dict() if step.ema else {}
-    Checkpointer(directory, keep_last=1).save(step.model, step.optimizer, ema, Saved(samples_seen=2 * B, step=2))
+    saver = Checkpointer(directory, keep_last=1)
+    saver.save(step.model, step.optimizer, ema, Saved(samples_seen=2 * B, step=2))
+    saver.wait()
     return advance(step, 2, 2)
 
 

@@ -103,7 +103,9 @@ def save(directory: Path, overrides: list[str]) -> Tensors:
     step = build(configured(overrides))
     advance(step, 0, 2)
     assert step.ema is not None
-    Checkpointer(directory, keep_last=1).save(step.model, step.optimizer, step.ema.state_dict(), Saved(step=2))
+    saver = Checkpointer(directory, keep_last=1)
+    saver.save(step.model, step.optimizer, step.ema.state_dict(), Saved(step=2))
+    saver.wait()
     advance(step, 2, 2)
     return state(step)
 

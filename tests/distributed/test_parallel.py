@@ -183,6 +183,7 @@ def save_at(directory: Path, overrides: list[str]) -> list[float]:
     advance(step, 0, 2)
     saver = Checkpointer(directory, keep_last=1)
     saver.save(step.model, step.optimizer, step.ema.state_dict(), Saved(samples_seen=2 * B, step=2, positions=[1]))
+    saver.wait()
     return advance(step, 2, 3)
 
 

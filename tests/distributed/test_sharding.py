@@ -115,10 +115,12 @@ def _first(overrides: list[str], tower: str) -> tuple[dict[str, torch.Tensor], l
     model = build_model(config.model, seed=5, drawn=False)
     laid_out = parallelize(model, config.parallel, CPU).model
     shards = config.parallel.shard_size or world_size()
-    more = [
-        name for name, p in laid_out.named_parameters() if _held(p) > 4 * -(-p.shape[0] // shards) * p.shape[1:].numel()
-    ]
+    more = [name for name, p in laid_out.named_parameters() if _held(p) > 4 * _rows(p, shards) * p.shape[1:].numel()]
     return {name: whole(p.detach()).clone() for name, p in laid_out.named_parameters()}, more
+
+
+def _rows(parameter: torch.Tensor, shards: int) -> int:
+    return -(-parameter.shape[0] // shards)
 
 
 def _held(parameter: Any) -> int:

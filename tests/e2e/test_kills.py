@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from clipscale.checkpoint.checkpointer import MANIFEST
+from clipscale.checkpoint.manifest import MANIFEST
 from clipscale.config.rundir import count_events
 from tests.conftest import SHARED_DATA
 from tests.runs import command, keys, kill_everything, losses, run

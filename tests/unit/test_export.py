@@ -45,7 +45,9 @@ def make_run(place: Path, *overrides: str, classes: list[str] | None = None) -> 
     run.mkdir(parents=True)
     save_config(config, run / "config.yaml")
     saved = Saved(samples_seen=512, step=4)
-    Checkpointer(run / "checkpoints", 1).save(model, torch.optim.AdamW(model.parameters()), average, saved)
+    saver = Checkpointer(run / "checkpoints", 1)
+    saver.save(model, torch.optim.AdamW(model.parameters()), average, saved)
+    saver.wait()
     write_result(run, "done", 0, samples_seen=512, metrics={"val/loss": 1.25, "train/loss": 9.0})
     return run
 

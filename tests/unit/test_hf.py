@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -351,6 +352,17 @@ def test_what_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
         assert len(str(raised.value).splitlines()) == 1
     with pytest.raises(ConfigError, match="neither a directory here nor ORGANISATION/NAME"):
         read_hf_config(hf_model("bert", hf="/not/a/directory").text)
+
+
+def test_a_hub_that_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:  # bound, and not listening: who connects is refused
+        taken.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        with pytest.raises(ConfigError) as raised:
+            read_hf_config(hf_model("bert", hf="some/bert").text)
+    assert f"cannot be downloaded here ({endpoint} does not answer); give the path of a copy" in str(raised.value)
 
 
 def test_without_transformers_it_says_how_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,7 +18,7 @@ from clipscale.config import load_group
 from clipscale.config.model import Activation, Model, Pool, Text, TextPool
 from clipscale.errors import ConfigError
 from clipscale.models import CLIP, build_model
-from clipscale.models.packing import Packing
+from clipscale.models.packing import Packing, unpad
 from clipscale.models.text import TextTower
 from clipscale.models.vit import PatchLinear, PooledBlock, compute_what_counts, is_poolable
 from tests.towers import draw_captions, padded_text, randomise
@@ -124,11 +123,15 @@ def test_no_captions_have_gradients_of_every_kind(kind: str) -> None:
 def test_padded_ids_of_a_model_that_sees_its_padding() -> None:
     """What comes after a caption's end is the model's own padding, whatever the tokenizer put there."""
     tower = text_tower(torch.float64, context=12, **KINDS["both-ways-last-filled"])
-    ends = torch.tensor([[5, 6, 49], [7, 49, 49]])
-    found = [tower(*tower.pack(F.pad(ends, (0, more), value=fill))) for more, fill in ((9, 3), (4, 0), (0, 0))]
+    captions = [[5, 6, 49], [7, 49]]
+    rows = {
+        (size, fill): torch.tensor([caption + [fill] * (size - len(caption)) for caption in captions])
+        for size, fill in ((12, 3), (7, 0), (3, 49))
+    }
+    found = [tower(*tower.pack(ids)) for ids in rows.values()]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     longer = text_tower(torch.float64, context=13, **KINDS["both-ways-last-filled"])
-    assert not torch.allclose(found[0], longer(*longer.pack(ends)))
+    assert not torch.allclose(found[0], longer(*longer.pack(rows[3, 49])))
 
 
 @settings(max_examples=60, deadline=None)
@@ -324,3 +327,21 @@ def test_pools_that_timm_does_not_make(name: str, pool: str) -> None:
     config.vision = replace(config.vision, timm=name, pool=Pool(pool), **sizes)
     with pytest.raises(ConfigError, match=r"pool\S* null$|model.vision.pool=null$"):
         CLIP(config)
+
+
+@pytest.mark.parametrize(
+    ("row", "length"),
+    [
+        ([5, 9, 0, 0], 2),
+        ([5, 6, 7, 9], 4),
+        ([5, 9, 9, 9], 2),
+        ([9, 5, 9, 0], 3),
+        ([9, 5, 9, 9], 3),
+        ([9, 0, 0, 0], 1),
+        ([9] * 4, 1),
+    ],
+)
+def test_where_a_caption_ends(row: list[int], length: int) -> None:
+    """Padded with 0 or with the end itself (9), and begun with it or not."""
+    ids, lengths = unpad(torch.tensor([row]), 9)
+    assert lengths.tolist() == [length] and ids.tolist() == row[:length]
