@@ -80,6 +80,22 @@ class BusyError(ClipscaleError):
 
 
 class DivergedError(ClipscaleError):
-    """Training produced a non-finite loss."""
+    """Training went wrong again and again."""
 
     exit_code = ExitCode.DIVERGED
+
+
+class OutOfMemoryError(ClipscaleError):
+    """The device has too little memory for this configuration."""
+
+
+class DiskFullError(ClipscaleError):
+    """What a run must write finds no room."""
+
+    exit_code = ExitCode.FAILED
+
+
+class LostPeerError(ClipscaleError):
+    """Another rank is gone, or does not answer."""
+
+    exit_code = ExitCode.FAILED

@@ -3,6 +3,8 @@
 #   launch/torchrun.sh experiment=cc12m_b32 data.root=/data/cc12m
 # On several, run it on each, with the same HEAD (any one of them) and NODES:
 #   HEAD=node0:29400 NODES=16 launch/torchrun.sh experiment=laion400m_b32 data.root=/data/laion400m
+# NODES=8:16 begins with 8 machines or more, and goes on with those that are left or have joined; as many ranks train as
+# divide data.streams, the others stand by. After a failure all start again from the last checkpoint, MAX_RESTARTS times.
 # GPUS: ranks on this machine (default: its GPUs, or 1). RUN_ID: tells jobs on one head apart.
 set -euo pipefail
 
@@ -20,10 +22,11 @@ torch=$(python -c 'import importlib.util as u; print(u.find_spec("torch").submod
 grace=()
 if grep -qs -- --shutdown-timeout "$torch/distributed/run.py"; then grace=(--shutdown-timeout=600); fi
 
-if [ "$NODES" -eq 1 ]; then
+if [ "$NODES" = 1 ]; then
   rendezvous=(--standalone)
 else
   : "${HEAD:?set HEAD=host:port, the same on all nodes}"
   rendezvous=(--nnodes="$NODES" --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${RUN_ID:-clipscale}")
 fi
-exec torchrun "${rendezvous[@]}" ${grace[@]+"${grace[@]}"} --nproc-per-node="$GPUS" -m clipscale.train "$@"
+exec torchrun "${rendezvous[@]}" ${grace[@]+"${grace[@]}"} --max-restarts="${MAX_RESTARTS:-3}" \
+  --nproc-per-node="$GPUS" -m clipscale.train "$@"

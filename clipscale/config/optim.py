@@ -131,6 +131,25 @@ class Optim:
 
 
 @dataclass
+class Divergence:
+    """What happens when training goes wrong: a step whose loss or gradient is not finite moves nothing and is counted;
+    too many of them, and the run goes back to a checkpoint and around the batches on which it went wrong."""
+
+    bad_steps: int = event(3)
+    """Bad steps among `within_steps` after which the run goes back. A step is bad if its loss or its gradient is not
+    finite (under `amp_fp16`: beyond what the loss scale can mend), or by `spike_factor`."""
+    within_steps: int = event(100)
+    """Steps over which bad ones are counted; when the run goes back, the batches of that many are passed over, counted
+    as `train/diverged_samples` and named in RUN/diverged."""
+    spike_factor: float | None = event(None)
+    """A loss above this many times the median of the last `within_steps` losses is bad too; null: none is. No factor
+    suits all runs, whose losses fall by a factor of ten and more."""
+    max_rollbacks: int = event(3)
+    """Times that a run goes back, in all; then it stops with exit code 3, and the same command goes on from the last
+    checkpoint."""
+
+
+@dataclass
 class Lock:
     """Weights that are not trained: locked-image tuning (LiT, Zhai et al. 2022), and its like for texts."""
 

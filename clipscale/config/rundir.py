@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +17,7 @@ from clipscale.config.fields import Resume
 from clipscale.config.resume import differences, identity
 from clipscale.config.schema import Config
 from clipscale.config.validate import default_streams, validate
-from clipscale.errors import BusyError, ConfigError
+from clipscale.errors import BusyError, ConfigError, ExitCode
 
 
 @dataclass
@@ -29,8 +30,16 @@ class Run:
     """Event keys that differ from the recorded configuration, as ``(before, now)``."""
 
 
-def open_run(config: Config, experiment: str, overrides: Sequence[str], world: int = 1) -> Run:
+def open_run(
+    config: Config,
+    experiment: str,
+    overrides: Sequence[str],
+    world: int = 1,
+    elsewhere: Callable[[Config], bytes | None] = lambda config: None,
+) -> Run:
     """Create the run's directory, or join it if it exists, and record the configuration; ``world`` processes begin it.
+
+    ``elsewhere`` finds the configuration of a run that has begun on another machine.
 
     Raises ConfigError when the configuration cannot be run, when a fixed key differs from what the directory records,
     or when it cannot be written.
@@ -49,6 +58,10 @@ def open_run(config: Config, experiment: str, overrides: Sequence[str], world: i
         lock(run.path).close()  # a run that is being trained is left as it is
         (run.path / "result.json").unlink(missing_ok=True)  # of an attempt before this one
     if recorded.exists() and count_events(run.path, "started"):  # one that never began may be corrected freely
+        _join(run, load_config(recorded))
+    elif config.checkpoint.dir is not None and (text := elsewhere(config)) is not None:
+        run.path.mkdir(parents=True, exist_ok=True)
+        recorded.write_bytes(text)
         _join(run, load_config(recorded))
     else:
         config.data.streams = config.data.streams or default_streams(config.global_batch_size, world)
@@ -135,6 +148,19 @@ def write_result(path: Path, status: str, exit_code: int, *, first: bool = False
     finally:
         scratch.unlink(missing_ok=True)
     return True
+
+
+def report(path: Path | None, text: str, code: ExitCode = ExitCode.FAILED) -> ExitCode:
+    """Tell why a run failed, on stderr and in ``result.json``, unless another rank has done so: the first to fail
+    speaks for all, and its exit code, which is returned, is that of all."""
+    try:
+        speaks = path is None or not path.is_dir() or write_result(path, "failed", code, first=True, error=text)
+    except OSError:  # a full disk, and perhaps the very error
+        speaks = True
+    if speaks or path is None:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        return code
+    return ExitCode((read_result(path) or {"exit_code": code})["exit_code"])
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -56,6 +56,8 @@ class Cluster:
     """Number of machines."""
     processes_per_node: int = free(1)
     """Processes (GPUs) per machine."""
+    max_restarts: int = free(3)
+    """Times that `clipscale train` starts its processes again, from the last checkpoint, after one of several died."""
 
 
 @dataclass
@@ -64,6 +66,9 @@ class Distributed:
 
     timeout_s: float = free(1800.0)
     """Seconds after which a collective that does not complete ends the run."""
+    watchdog_s: float | None = free(900.0)
+    """Seconds without a step after which a rank writes to RUN/logs what its threads and collectives do, and ends; null:
+    never. Starting, evaluating and saving have ten times as long."""
 
 
 @dataclass
@@ -71,9 +76,23 @@ class Checkpoint:
     """When the run is saved, and what is kept."""
 
     every_samples: int | None = free(1_000_000)
-    """Save at the first step at or past each multiple of this many samples; null or 0 saves only at the end."""
+    """Save at the first step at or past each multiple of this many samples; null or 0: not by samples. The end of a run
+    is saved in any case."""
+    every_minutes: float | None = free(None)
+    """Save when so many minutes have passed since the last save; null or 0: not by time."""
     keep_last: int = free(2)
-    """Number of newest checkpoints kept."""
+    """Number of newest checkpoints kept. One that holds a file named `PINNED` is never removed."""
+    keep_every_samples: int | None = free(None)
+    """Keep for good the first checkpoint at or past each multiple of this many samples; null or 0 keeps none."""
+    best_metric: str | None = free(None)
+    """Keep the checkpoint that is best by this metric of the evaluations, e.g. `val/zeroshot/top1`, and save where it
+    is best; of a metric whose name ends in `loss` the lowest is, of others the highest. null: none."""
+    dir: str | None = free(None)
+    """Directory or URL (`s3://BUCKET/PREFIX`, `gs://…`, `az://…`) below which, by the run's name, its checkpoints lie,
+    with its configuration; `storage.*` says how it is reached. null: in the run's own directory."""
+    resume_from: str | None = free(None)
+    """A checkpoint or run, of any location, that a run without a checkpoint goes on from as if it were its own:
+    weights, optimizer, averages, counters and place in the data."""
 
 
 @dataclass
@@ -85,6 +104,8 @@ class Eval:
     the end."""
     batch_size: int = free(256)
     """Images or captions per forward pass."""
+    timeout_s: float = free(7200.0)
+    """Seconds for which ranks wait for each other in an evaluation, in place of `distributed.timeout_s`."""
     objective: str = free("val/retrieval/i2t_r1")
     """The metric that a sweep maximises, and that result.json repeats as `objective`."""
 

@@ -8,7 +8,7 @@ from enum import Enum
 from clipscale.config.data import Data, Storage, Tokenizer
 from clipscale.config.fields import event, fixed, free, group
 from clipscale.config.model import Init, Model
-from clipscale.config.optim import Ema, Lock, Loss, Optim, Precision, Schedule
+from clipscale.config.optim import Divergence, Ema, Lock, Loss, Optim, Precision, Schedule
 from clipscale.config.running import Checkpoint, Cluster, Distributed, Eval, Parallel, Tracking
 
 
@@ -47,6 +47,7 @@ class Config:
     schedule: Schedule = group(Schedule)
     precision: Precision = group(Precision)
     ema: Ema = group(Ema)
+    divergence: Divergence = group(Divergence)
     parallel: Parallel = group(Parallel)
     cluster: Cluster = group(Cluster)
     distributed: Distributed = group(Distributed)

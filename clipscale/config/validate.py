@@ -32,7 +32,7 @@ def usable_processes(streams: int, world: int) -> int:
 
 def validate(config: Config) -> None:
     """Check that this configuration can be run. Raises ConfigError that lists all that is wrong."""
-    checks = (_sizes, _batch, _microbatches, _data, _text, _loss, _training, _lock, _classifier)
+    checks = (_sizes, _batch, _checkpoint, _microbatches, _data, _text, _loss, _training, _lock, _classifier)
     found = [mistake for check in checks for mistake in check(config)]
     if len(found) == 1:
         raise ConfigError(found[0])
@@ -59,6 +59,7 @@ def _sizes(config: Config) -> Iterator[str]:
         storage__timeout_s=config.storage.timeout_s,
         storage__cache_gib=config.storage.cache_gib,
         distributed__timeout_s=config.distributed.timeout_s,
+        eval__timeout_s=config.eval.timeout_s,
         loss__init_logit_scale=config.loss.init_logit_scale,
         optim__eps=config.optim.eps,
         model__context_length=config.model.context_length,
@@ -85,10 +86,28 @@ def _sizes(config: Config) -> Iterator[str]:
         yield "name='' is no name; null makes one of the configuration"
     if not 0 <= config.seed < 2**63:
         yield f"seed={config.seed} must lie between 0 and 2^63 - 1"
+    if config.distributed.watchdog_s is not None:
+        yield from _positive(distributed__watchdog_s=config.distributed.watchdog_s)
+    if config.cluster.max_restarts < 0:
+        yield f"cluster.max_restarts={config.cluster.max_restarts} must be 0 or more"
     if config.data.workers < 0:
         yield f"data.workers={config.data.workers} must be 0 or more"
     if config.data.window is not None and config.data.window < 1:
         yield f"data.window={config.data.window} must be 1 or more; null chooses it"
+
+
+def _checkpoint(config: Config) -> Iterator[str]:
+    given = config.checkpoint
+    for key in ("every_samples", "every_minutes", "keep_every_samples"):
+        if (getattr(given, key) or 0) < 0:
+            yield f"checkpoint.{key}={getattr(given, key)} must be above 0; null turns it off"
+    for key in ("dir", "resume_from", "best_metric"):
+        if getattr(given, key) == "":
+            yield f"checkpoint.{key}='' names nothing; null turns it off"
+    if given.dir is not None and "://" in given.dir and not given.dir.startswith(("s3://", "gs://", "az://")):
+        yield f"checkpoint.dir={given.dir} cannot be written to; use a directory, s3://…, gs://… or az://…"
+    if given.best_metric is not None and not given.best_metric.startswith("val/"):
+        yield f"checkpoint.best_metric={given.best_metric} is no metric of an evaluation, e.g. val/zeroshot/top1"
 
 
 def _batch(config: Config) -> Iterator[str]:
@@ -222,6 +241,16 @@ def _training(config: Config) -> Iterator[str]:
         yield (f"parallel.activation_checkpointing={config.parallel.activation_checkpointing}: choose none or full")
     if config.ema.decay is not None and not 0 < config.ema.decay < 1:
         yield f"ema.decay={config.ema.decay} must lie between 0 and 1, e.g. ema.decay=0.999; null turns it off"
+    spike = config.divergence.spike_factor
+    if spike is not None and not spike > 1:
+        yield f"divergence.spike_factor={spike} must be above 1, e.g. divergence.spike_factor=2; null looks for none"
+    if config.divergence.max_rollbacks < 0:
+        yield f"divergence.max_rollbacks={config.divergence.max_rollbacks} must be 0 or more"
+    if not 0 < config.divergence.bad_steps <= config.divergence.within_steps or config.divergence.within_steps < 2:
+        yield (
+            f"divergence.bad_steps={config.divergence.bad_steps} must lie between 1 and divergence.within_steps="
+            f"{config.divergence.within_steps}, which must be 2 or more"
+        )
     if config.optim.clip_grad_norm is not None and config.optim.clip_grad_norm <= 0:
         yield f"optim.clip_grad_norm={config.optim.clip_grad_norm} must be above 0; null does not clip"
     if not 0 < config.optim.layer_decay <= 1:

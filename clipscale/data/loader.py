@@ -31,6 +31,7 @@ from clipscale.distributed.workers import worker_context
 from clipscale.errors import DataError
 
 HOPELESS = 50_000  # samples; if none of so many is usable, the keys are wrong
+Skipped = Sequence[Sequence[Sequence[int]]]
 STARVED = 100  # epochs; a stream that finds nothing usable in so many never will
 
 
@@ -141,6 +142,11 @@ def _room_for_images(count: int, size: int) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
 
 
+def ranges_of(streams: NDArray[np.int64], skipped: Skipped) -> list[list[tuple[int, int]]]:
+    """The ranges ``(start, stop)`` of each of some streams that are passed over."""
+    return [[(starts[v], stops[v]) for starts, stops in skipped] for v in streams]
+
+
 @dataclass
 class _StreamReader(IterableDataset):
     """Partial batches of the streams that one worker owns: a contiguous, equal-as-possible share of the rank's."""
@@ -149,6 +155,7 @@ class _StreamReader(IterableDataset):
     files: Sequence[ShardFile]
     streams: NDArray[np.int64]
     positions: NDArray[np.int64]
+    skipped: Sequence[Sequence[tuple[int, int]]]  # ranges of each of the streams that are passed over
     per_stream: int
     prepare: Preparer
     fruitful: bool = False  # whether any sample was usable so far
@@ -158,7 +165,11 @@ class _StreamReader(IterableDataset):
         number, workers = (info.id, info.num_workers) if info else (0, 1)
         streams = np.array_split(self.streams, workers)[number]
         positions = np.array_split(self.positions, workers)[number].copy()
-        readers = [read_stream(self.order, self.files, int(v), int(p)) for v, p in zip(streams, positions, strict=True)]
+        ranges = [self.skipped[i] for i in np.array_split(np.arange(len(self.streams)), workers)[number]]
+        readers = [
+            read_stream(self.order, self.files, int(v), int(p), skipped)
+            for v, p, skipped in zip(streams, positions, ranges, strict=True)
+        ]
         while True:
             try:
                 batch = self._batch(streams, readers, positions)
@@ -187,6 +198,8 @@ class _StreamReader(IterableDataset):
                 [empty[i] for i in missing],
             )
             for (i, position, sample), result in zip(raw, prepared, strict=True):
+                if position > positions[i]:  # behind a range that was passed over
+                    fed[i] = position
                 positions[i] = position + 1
                 bad += [("beyond_count", key) for key in sample.beyond]
                 if isinstance(result, BadSample):
@@ -248,6 +261,7 @@ class TrainLoader:
         order: the global order.
         files: the shards, in the order's numbering.
         positions: Int64[V], where every stream stands.
+        skipped: stretches of the order that are passed over, each as ``(starts, stops)``, positions of every stream.
         rank, world: this rank and the number of ranks; ``world`` divides V.
         global_batch_size: B; V divides it.
         workers: decoding processes; 0 decodes here.
@@ -266,10 +280,17 @@ class TrainLoader:
         tokenizer: Tokenizer,
         workers: int,
         pin_memory: bool,
+        skipped: Skipped = (),
     ) -> None:
         mine = np.array_split(np.arange(order.streams), world)[rank]
         reader = _StreamReader(
-            order, files, mine, positions[mine], global_batch_size // order.streams, Preparer(options, tokenizer)
+            order,
+            files,
+            mine,
+            positions[mine],
+            ranges_of(mine, skipped),
+            global_batch_size // order.streams,
+            Preparer(options, tokenizer),
         )
         self._parts = max(1, min(workers, len(mine)))
         self._pin_memory = pin_memory

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -61,6 +61,19 @@ class KeyedRandom:
     def below(self, bound: int) -> int:
         """An integer in [0, bound)."""
         return int(self.uniform() * bound)
+
+
+def stretches(position: int, skipped: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int | None]]:
+    """What there is of a stream from ``position`` on beside the ``skipped`` ranges ``(start, stop)``.
+
+    Gives ``(start, stop)`` of each stretch; the last one has no end. What comes after a position depends on nothing
+    else, so cursors need not say whether a range has been passed.
+    """
+    for start, stop in sorted(skipped):
+        if position < start:
+            yield position, start
+        position = max(position, stop)
+    yield position, None
 
 
 class Shard(NamedTuple):

@@ -10,7 +10,7 @@ from typing import BinaryIO
 from clipscale.data.index import sample_key
 from clipscale.data.io import GZIP_ERRORS, PIPE, REMOTE, parent, resolve
 from clipscale.data.manifest import ShardFile
-from clipscale.data.order import SampleOrder, Window
+from clipscale.data.order import SampleOrder, Window, stretches
 from clipscale.data.samples import Member
 from clipscale.data.table import read_rows
 from clipscale.data.tar import TarError, members
@@ -103,9 +103,22 @@ def _group(raw: BinaryIO, start: int, stop: int, shard: str) -> Iterator[Member]
 
 
 def read_stream(
+    order: SampleOrder,
+    files: Sequence[ShardFile],
+    stream: int,
+    position: int,
+    skipped: Sequence[tuple[int, int]] = (),
+) -> Iterator[tuple[int, Member]]:
+    """``(position, raw sample)`` of a stream for ever, from ``position`` on, but for the ``skipped`` ranges."""
+    for start, stop in stretches(position, skipped):
+        stretch = _read_on(order, files, stream, start)
+        yield from stretch if stop is None else islice(stretch, stop - start)
+
+
+def _read_on(
     order: SampleOrder, files: Sequence[ShardFile], stream: int, position: int
 ) -> Iterator[tuple[int, Member]]:
-    """``(position, raw sample)`` of a stream for ever, from ``position`` on.
+    """A stream for ever.
 
     One window is held in memory; the next one is read a sample at a time while this one is handed out, so that
     reading never comes in bursts.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clipscale.data.loader import Batch
-from clipscale.data.order import SampleOrder
+from clipscale.data.loader import Batch, Skipped, ranges_of
+from clipscale.data.order import SampleOrder, stretches
 from clipscale.data.samples import caption_ids, content_digest, join_digests, pack
 from clipscale.data.tokenizer import Tokenizer
 
@@ -32,9 +33,13 @@ class SyntheticLoader:
         tokenizer: Tokenizer,
         pin_memory: bool,
         image_ids: bool = False,
+        skipped: Skipped = (),
     ) -> None:
         self._streams = np.array_split(np.arange(order.streams), world)[rank]
-        self._positions = positions[self._streams].copy()
+        self._walks = [
+            _walk(int(position), ranges)
+            for position, ranges in zip(positions[self._streams], ranges_of(self._streams, skipped), strict=True)
+        ]
         self._per_stream = global_batch_size // order.streams
         count, random = len(self._streams) * self._per_stream, np.random.default_rng([order.seed, rank])
         words = random.integers(0, tokenizer.vocab_size, (count, tokenizer.context_length), dtype=np.int32)
@@ -52,20 +57,24 @@ class SyntheticLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            start = self._positions.copy()
-            self._positions += self._per_stream
+            taken = [[*islice(walk, self._per_stream)] for walk in self._walks]
             keys = [
-                f"synthetic/{stream}-{position + i}"
-                for stream, position in zip(self._streams, start, strict=True)
-                for i in range(self._per_stream)
+                f"synthetic/{stream}-{position}"
+                for stream, positions in zip(self._streams, taken, strict=True)
+                for position in positions
             ]
             yield Batch(
                 self._images,
                 self._ids,
                 self._lengths,
-                torch.from_numpy(self._positions.copy()),
+                torch.tensor([positions[-1] + 1 for positions in taken], dtype=torch.int64),
                 keys,
                 self._caption_ids,
                 self._seeds,
                 image_ids=self._image_ids,
             )
+
+
+def _walk(position: int, skipped: Sequence[tuple[int, int]]) -> Iterator[int]:
+    for start, stop in stretches(position, skipped):
+        yield from count(start) if stop is None else range(start, stop)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from clipscale.distributed.watchdog import RECORDED
 from clipscale.errors import ConfigError
 
 T = TypeVar("T")
@@ -41,6 +42,16 @@ class Runtime:
 def under_torchrun() -> bool:
     """Whether torchrun (or any launcher that sets its variables) started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def restarts_left() -> int:
+    """Times that torchrun will start the ranks again if one of them fails."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def restarts_may_fail() -> bool:
+    """Whether torchrun would start ranks again that can meet the address of a dead peer in the agent's store."""
+    return restarts_left() > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def connect() -> dist.Store:
@@ -104,6 +115,8 @@ def start(device: str, timeout_s: float, store: dist.Store | None = None, spares
     if use_cuda:
         torch.cuda.set_device(place)
     if under_torchrun():
+        for name, value in RECORDED.items():
+            os.environ.setdefault(name, value)
         dist.init_process_group(
             "nccl" if use_cuda else "gloo",
             store=store or connect(),
@@ -113,6 +126,23 @@ def start(device: str, timeout_s: float, store: dist.Store | None = None, spares
             device_id=place if use_cuda else None,
         )
     return Runtime(rank, world, local_rank, place, spares)
+
+
+@contextmanager
+def waiting_up_to(during_s: float, after_s: float) -> Iterator[None]:
+    """Ranks wait ``during_s`` seconds for each other inside, and ``after_s`` behind it: a collective that does not
+    complete within that raises."""
+    _wait_up_to(during_s)
+    yield
+    _wait_up_to(after_s)
+
+
+def _wait_up_to(seconds: float) -> None:
+    if dist.is_initialized():
+        library: Any = dist.distributed_c10d
+        change = getattr(library, "set_timeout", None) or library._set_pg_timeout  # its name in older versions
+        for group in list(library._world.pg_map):
+            change(timedelta(seconds=seconds), group)
 
 
 def stop() -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
 
-from clipscale.config.rundir import read_result
+from clipscale.config.rundir import read_result, write_result
 from clipscale.distributed import GRACE_S
 from clipscale.errors import ExitCode
 
 
-def launch(config_file: Path, processes: int) -> ExitCode:
-    """Train ``RUN/config.yaml`` with ``processes`` local ranks; the exit code is what they wrote to ``result.json``."""
+def launch(config_file: Path, processes: int, max_restarts: int) -> ExitCode:
+    """Train ``RUN/config.yaml`` with ``processes`` local ranks; the exit code is what they wrote to ``result.json``.
+
+    When a rank dies, all start again from the last checkpoint, ``max_restarts`` times.
+    """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -28,17 +31,26 @@ def launch(config_file: Path, processes: int) -> ExitCode:
     arguments = [
         "--standalone",
         f"--nproc-per-node={processes}",
+        f"--max-restarts={max_restarts}",
         *_grace(torchrun),
         "-m",
         "clipscale.train",
         "--config",
         str(config_file),
     ]
-    with contextlib.suppress(ChildFailedError, SignalException):
+    path, cause = config_file.parent, "the ranks ended without a result"
+    try:
         torchrun.run(torchrun.parse_args(arguments))
-    result = read_result(config_file.parent)
-    if result is None:
-        print(f"error: the ranks ended without a result; see {config_file.parent / 'logs'}", file=sys.stderr)
+    except SignalException:
+        pass
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # it could not say so itself
+            cause = f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}"
+            write_result(path, "failed", ExitCode.FAILED, error=cause)
+    result = read_result(path)
+    if result is None or result.get("error") == cause:
+        print(f"error: {cause}; see {path / 'logs'}", file=sys.stderr)
         return ExitCode.FAILED
     return ExitCode(result["exit_code"])
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 class Ema:
@@ -23,9 +24,18 @@ class Ema:
         self._average = [p.detach().clone() if p.requires_grad else p.detach() for p in self._parameters]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the weights; call it after every optimizer step."""
-        torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1 - self.decay)
+    def update(self, skip: torch.Tensor) -> None:
+        """Move the average towards the weights; call it after every optimizer step.
+
+        Where ``skip`` Float[] is 1, on the device, the step moved nothing, and the average stays as it is, bit for bit.
+        """
+        # A step of descent on the distance, which is the interpolation: of the operations over all parameters, only the
+        # fused optimizers' can be told on the device to do nothing.
+        torch._fused_sgd_(
+            [_local(average) for average in self._average], [_local(p) for p in self._parameters], [],
+            weight_decay=1.0, momentum=0.0, lr=1 - self.decay, dampening=0.0, nesterov=False, maximize=True,
+            is_first_step=False, grad_scale=None, found_inf=skip.to(self._average[0].device),
+        )  # fmt: skip
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -51,3 +61,7 @@ class Ema:
             kept = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(kept)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -14,32 +15,32 @@ class Meters:
 
     def __init__(self, device: torch.device, world: int) -> None:
         self._device, self._world = device, world
-        self._loss: torch.Tensor | None = None
+        self._loss = torch.zeros(2, device=device)  # sum, and steps, of those that have one
         self.restart()
 
     def restart(self) -> None:
         """Begin a new interval now: after anything that is not training, such as an evaluation."""
-        self._started, self._samples, self._steps, self._waited = time.perf_counter(), 0, 0, 0.0
-        self._loss = None
+        self._started, self._samples, self._waited = time.perf_counter(), 0, 0.0
+        self._loss.zero_()
 
     def waited(self, seconds: float) -> None:
         """Time for which the step had no batch."""
         self._waited += seconds
 
     def stepped(self, samples: int, loss: torch.Tensor) -> None:
-        """One optimizer step over ``samples`` pairs of all ranks; ``loss`` stays on the device."""
+        """One optimizer step over ``samples`` pairs of all ranks; ``loss`` stays on the device, and does not count
+        where it is no number."""
         self._samples += samples
-        self._steps += 1
-        self._loss = loss if self._loss is None else self._loss + loss
+        finite = torch.isfinite(loss)
+        self._loss += torch.stack([torch.where(finite, loss, 0.0), finite.to(loss.dtype)])
 
     def read(self) -> dict[str, float]:
         """The interval's mean loss, rates and memory, and a new interval."""
-        assert self._loss is not None
-        loss = self._loss.item() / self._steps  # the device has finished the interval from here on
+        loss, steps = self._loss.tolist()  # the device has finished the interval from here on
         seconds = time.perf_counter() - self._started
         rate = self._samples / seconds
         values = {
-            "train/loss": loss,
+            "train/loss": loss / steps if steps else math.nan,
             "train/samples_per_s": rate,
             "train/samples_per_s_per_gpu": rate / self._world,
             "train/data_wait_s": self._waited,

@@ -53,6 +53,7 @@ class Jsonl:
     """``RUN/metrics.jsonl``, a row per line, flushed at once."""
 
     def __init__(self, path: Path, samples_seen: int) -> None:
+        self._path = path
         self._rewind(path, samples_seen)
         self._file = path.open("a")
 
@@ -61,6 +62,12 @@ class Jsonl:
         clean = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
+
+    def rewind(self, samples_seen: int) -> None:
+        """Set aside the rows past ``samples_seen``."""
+        self._file.close()
+        self._rewind(self._path, samples_seen)
+        self._file = self._path.open("a")
 
     def close(self) -> None:
         """Close the file."""
@@ -100,8 +107,10 @@ class Sinks:
     ) -> None:
         self.console = Console(samples_seen, total_samples, main)
         self._sinks: list[Sink] = []
+        self._rows: Jsonl | None = None
         if main:
-            self._sinks = [Jsonl(run / "metrics.jsonl", samples_seen), self.console]
+            self._rows = Jsonl(run / "metrics.jsonl", samples_seen)
+            self._sinks = [self._rows, self.console]
             if config.mode.value != "disabled":
                 self._sinks.append(WandbSink(run, config, settings, self.console.say))
 
@@ -109,6 +118,11 @@ class Sinks:
         """Hand a row to every sink."""
         for sink in self._sinks:
             sink.log(row)
+
+    def rewind(self, samples_seen: int) -> None:
+        """The run has gone back; views of its rows get those of its second way behind those of its first."""
+        if self._rows is not None:
+            self._rows.rewind(samples_seen)
 
     def close(self) -> None:
         """Close every sink."""

@@ -13,6 +13,18 @@ from urllib.parse import urlparse
 from clipscale.config.running import Tracking, TrackingMode
 
 INIT_TIMEOUT_S = 30
+FINISH_TIMEOUT_S = 60
+
+
+def read_run_id(run: Path) -> str:
+    """The id by which W&B knows a run; empty if it has none yet."""
+    file = run / "wandb_id.txt"
+    return file.read_text() if file.exists() else ""
+
+
+def write_run_id(run: Path, run_id: str) -> None:
+    """Let a run go on by the id that it has on another machine."""
+    (run / "wandb_id.txt").write_text(run_id)
 
 
 class WandbSink:
@@ -62,22 +74,27 @@ class WandbSink:
     def _start(run: Path, config: Tracking, settings: dict[str, Any], mode: str) -> Any:
         import wandb
 
-        id_file = run / "wandb_id.txt"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+        if not read_run_id(run):
+            write_run_id(run, secrets.token_hex(4))
         started = wandb.init(
             project=config.project,
             entity=config.entity,
             group=config.group,
             tags=config.tags,
             name=run.name,
-            id=id_file.read_text(),
+            id=read_run_id(run),
             resume="allow" if mode == "online" else None,
             dir=run,
             config=settings,
             mode=mode,  # type: ignore[arg-type]
             settings=wandb.Settings(
-                init_timeout=INIT_TIMEOUT_S, silent=True, console="off", disable_git=True, x_disable_meta=True
+                init_timeout=INIT_TIMEOUT_S,
+                finish_timeout=FINISH_TIMEOUT_S,
+                finish_timeout_raises=True,
+                silent=True,
+                console="off",
+                disable_git=True,
+                x_disable_meta=True,
             ),
         )
         started.define_metric("samples_seen")

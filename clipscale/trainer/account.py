@@ -36,6 +36,8 @@ class Account:
 
     def resumed(self, saved: Saved, attempt: int) -> None:
         """Go on from what a checkpoint counted."""
+        self._bad = BadSamples()
+        self._fresh.zero_()
         self._told["bad"] = saved.bad_samples
         self._before = Counter(saved.bad_reasons)
         self._gathered = saved.bad_samples, BadSamples()

@@ -25,7 +25,7 @@ from clipscale.data.augment import ColorOptions
 from clipscale.data.embeddings import StoredTeacher
 from clipscale.data.index import cache_dir
 from clipscale.data.io import ShardStore, resolve
-from clipscale.data.loader import TrainLoader
+from clipscale.data.loader import Skipped, TrainLoader
 from clipscale.data.manifest import ShardFile, Summary, damages, expand_shards, summarise
 from clipscale.data.order import SampleOrder, Shard
 from clipscale.data.prepare import SampleOptions
@@ -161,9 +161,14 @@ def _mean_bytes(files: Sequence[ShardFile], summaries: Sequence[Summary]) -> flo
 
 
 def build_loader(
-    config: Config, train: TrainData, positions: NDArray[np.int64], tokenizer: Tokenizer, runtime: Runtime
+    config: Config,
+    train: TrainData,
+    positions: NDArray[np.int64],
+    tokenizer: Tokenizer,
+    runtime: Runtime,
+    skipped: Skipped = (),
 ) -> TrainLoader | SyntheticLoader:
-    """This rank's batches from ``positions`` Int64[V] on."""
+    """This rank's batches from ``positions`` Int64[V] on, but for the ``skipped`` stretches."""
     data = config.data
     image_ids = config.loss.mask_duplicates in (MaskDuplicates.image, MaskDuplicates.both)
     if data.builtin is Builtin.synthetic:
@@ -177,6 +182,7 @@ def build_loader(
             tokenizer=tokenizer,
             pin_memory=runtime.device.type == "cuda",
             image_ids=image_ids,
+            skipped=skipped,
         )
     return TrainLoader(
         train.order,
@@ -189,6 +195,7 @@ def build_loader(
         tokenizer=tokenizer,
         workers=data.workers,
         pin_memory=runtime.device.type == "cuda",
+        skipped=skipped,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,9 +22,23 @@ from clipscale.trainer.cached import backward_through_parts
 from clipscale.trainer.objective import Objective, SendAhead, Stats, extra_rows
 
 
+class Verdict(NamedTuple):
+    """On one step, Float[] each, on the device and the same on all ranks."""
+
+    skipped: torch.Tensor
+    """1 if the loss or the gradient was not finite, so that nothing moved."""
+    bad: torch.Tensor
+    """1 if that was more than fp16's scaler looking for its scale."""
+    loss: torch.Tensor
+    """Infinite if it was no number."""
+
+
 @dataclass
 class TrainStep:
     """Forward, global-batch loss, backward, update: everything that moves the weights, in order.
+
+    A step whose loss or gradient is not finite moves nothing: weights, moments, averages and running statistics keep
+    their bits. That is decided on the device, from numbers that all ranks have alike; :attr:`verdict` tells it.
 
     Raises ConfigError when ``optim.microbatches`` asks for what this model or this rank's share of a batch cannot give.
     """
@@ -36,9 +51,12 @@ class TrainStep:
     scaler: torch.amp.GradScaler
     ema: Ema | None
     _stats: Stats | None = None  # of the last step, if they were asked for
-    _norm: torch.Tensor | None = None  # of the gradient before clipping; None if nothing is clipped
+    _norm: torch.Tensor | None = None  # of the last step's gradient before clipping, whole
+    verdict: Verdict | None = None
+    """On the last step."""
 
     def __post_init__(self) -> None:
+        self._statistics = [*self.model.buffers()] if takes_statistics(self.model) else []
         pairs = self.config.global_batch_size // self.runtime.world
         self.microbatches = self.config.optim.count_microbatches(pairs)
         if self.microbatches > 1 and takes_statistics(self.model):
@@ -59,17 +77,44 @@ class TrainStep:
         batch, Float[], still on the device; after one with ``stats``, :meth:`statistics` tells more."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        before = [buffer.clone() for buffer in self._statistics]
         loss = self._backward(batch, samples_seen, stats)
         self.scaler.unscale_(self.optimizer)
-        if self.config.optim.clip_grad_norm is not None:
-            highest = self.config.optim.clip_grad_norm
-            self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), highest, foreach=True)
-        self.scaler.step(self.optimizer)
+        self._norm = self._clip()
+        self.verdict = self._judge(loss, self._norm)
+        self._update(self.verdict.skipped)
+        for buffer, kept in zip(self._statistics, before, strict=True):
+            buffer.copy_(torch.where(self.verdict.skipped > 0, kept, buffer))
+        return loss
+
+    def _clip(self) -> torch.Tensor:
+        """Norm of the gradient over all parameters of all ranks, which is clipped if that is asked for."""
+        highest = self.config.optim.clip_grad_norm
+        if highest is not None:
+            return whole(nn.utils.clip_grad_norm_(self.model.parameters(), highest, foreach=True))
+        return whole(nn.utils.get_total_norm(_gradients(self.model), foreach=True))
+
+    def _judge(self, loss: torch.Tensor, norm: torch.Tensor) -> Verdict:
+        loss = loss.to(norm.device)
+        finite = torch.isfinite(loss)
+        skipped = ~(finite & torch.isfinite(norm))
+        bad = skipped
+        if self.scaler.is_enabled():  # it looks for its scale by letting gradients overflow
+            scale = self.scaler._get_scale_async()  # its public name reads it back
+            assert scale is not None
+            bad = skipped & (~finite | (scale < 1))
+        return Verdict(skipped.float(), bad.float(), torch.where(finite, loss, math.inf))
+
+    def _update(self, skip: torch.Tensor) -> None:
+        # Read by torch's fused optimizers, as its scaler does it: they leave weights, moments and counts alone.
+        optimizer: Any = self.optimizer
+        optimizer.found_inf = skip
+        optimizer.step()
+        del optimizer.found_inf
         self.scaler.update()
         self._clamp_temperature()
         if self.ema is not None:
-            self.ema.update()
-        return loss
+            self.ema.update(skip)
 
     def _backward(self, batch: Batch, samples_seen: int, stats: bool) -> torch.Tensor:
         """Give the parameters their gradients, scaled as the scaler likes. Returns the loss, detached."""
@@ -106,8 +151,8 @@ class TrainStep:
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all parameters of all ranks, before it was clipped."""
-        norm = nn.utils.get_total_norm(_gradients(self.model), foreach=True) if self._norm is None else self._norm
-        return whole(norm).item()
+        assert self._norm is not None
+        return self._norm.item()
 
     def logit_scale(self) -> float:
         """The multiplier on similarities."""
@@ -119,7 +164,7 @@ class TrainStep:
         return {f"train/{name}": value.item() for name, value in found.items()}
 
     def zero_grad(self) -> None:
-        """Drop the gradients; kept until here so that their norm can be read."""
+        """Drop the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()

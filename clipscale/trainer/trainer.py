@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from clipscale.checkpoint import TOKENIZER, Checkpointer, Saved
+from clipscale.checkpoint import TOKENIZER, Checkpointer, Saved, Stored
+from clipscale.checkpoint.places import CHECKPOINTS, home
 from clipscale.config import Config, save_config
 from clipscale.config.fields import leaves
 from clipscale.config.model import HeadStart
 from clipscale.config.resume import value_of
-from clipscale.config.rundir import append_rows, count_events, log_event, write_result
+from clipscale.config.rundir import append_rows, count_events, log_event, report
 from clipscale.config.schema import Config as Schema
+from clipscale.data.io import ShardStore
 from clipscale.data.loader import Batch
 from clipscale.distributed.collectives import gather, total, world_size
-from clipscale.distributed.faults import StopRequest
-from clipscale.distributed.runtime import Runtime
-from clipscale.errors import ClipscaleError, ConfigError, DivergedError, ExitCode, SaveError
+from clipscale.distributed.faults import Agreed, Agreement
+from clipscale.distributed.runtime import Runtime, waiting_up_to
+from clipscale.distributed.watchdog import Watchdog
+from clipscale.errors import ClipscaleError, DivergedError, ExitCode, SaveError
 from clipscale.evals import build_evaluators
 from clipscale.models import Classifier, build_model
 from clipscale.optim import Ema, build_optimizer, configure, learning_rate
 from clipscale.parallel import build_scaler, heights, lock, parallelize
-from clipscale.telemetry import Meters, Sinks, evaluated_at, last_values
-from clipscale.trainer.account import Account, listed
+from clipscale.telemetry import Meters, Sinks, evaluated_at, read_run_id, write_run_id
+from clipscale.trainer.account import Account
 from clipscale.trainer.build import (
     build_loader,
     build_store,
@@ -43,6 +46,9 @@ from clipscale.trainer.build import (
     start_from,
     start_head,
 )
+from clipscale.trainer.divergence import Divergence, diverged_samples
+from clipscale.trainer.ending import tell_end, tell_nothing_to_do
+from clipscale.trainer.keeping import check_order, make_own, mark_best, mark_kept, record_damage, record_elsewhere
 from clipscale.trainer.objective import build_objective
 from clipscale.trainer.opening import tell_start
 from clipscale.trainer.step import TrainStep
@@ -57,9 +63,17 @@ class Trainer:
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
         self.path = run_path(config)
-        self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
+        place, keep_last = f"{home(config)}/{CHECKPOINTS}", config.checkpoint.keep_last
+        self.checkpoints = Checkpointer(place, keep_last, ShardStore(config.storage), self.path / "scratch")
         self.tokenizer = read_tokenizer(config, runtime)
-        self.newest = newest = self.checkpoints.newest()
+        self.from_elsewhere = False
+        # What a run starts from, in this order: its own newest checkpoint that is whole, checkpoint.resume_from,
+        # init.weights, and what its seed draws.
+        newest = self.checkpoints.newest()
+        if newest is None and config.checkpoint.resume_from is not None:
+            newest = self.checkpoints.elsewhere(config.checkpoint.resume_from)
+            self.from_elsewhere = True
+        self.newest = newest
         taught_by = newest.manifest().saved.teachers if newest else []
         teachers = once_per_node(runtime, lambda: pin_teachers(config, self.tokenizer, taught_by))
         self.data = place_data(config.data, runtime)
@@ -90,49 +104,91 @@ class Trainer:
         self.saved = Saved(positions=[0] * self.train.order.streams, fingerprint=self.train.order.fingerprint)
         self.saved.teachers = [str(teacher) for teacher in teachers]
         self.account = Account(config, self.path, runtime, self.train)
+        self.divergence = Divergence(config, self.path, runtime)
+        self.attempt = 1 + count_events(self.path, "started")
+        self.positions = torch.zeros(0, dtype=torch.int64)  # of the streams of this rank, after the last step
         self.evaluated_at = 0  # samples seen at the last evaluation
         self.checkpointed_at = -1
+        self.asked_to_save = False
 
     def fit(self) -> ExitCode:
         """Resume, then step, log, evaluate and save until the samples are seen or somebody asks to stop.
 
-        Returns DONE or PREEMPTED. Raises DivergedError when the loss is no longer a number.
+        Returns DONE or PREEMPTED. Raises DivergedError when training goes wrong again and again.
         """
         self._resume()
         where = f"rank {self.runtime.rank} of {self.runtime.world} on {self.runtime.device}"
         log.info("attempt %s: %s, from %s samples", self.attempt, where, self.saved.samples_seen)
         if self._is_over and not self._evaluation_is_due():
-            return self._already_done()
+            tell_nothing_to_do(self)
+            return ExitCode.DONE
         self.meters = Meters(self.runtime.device, self.runtime.world)
         self.sinks = self._open_sinks()
+        limit_s = self.config.distributed.watchdog_s
+        self.watchdog = Watchdog(self.path / "logs", self.runtime.rank, limit_s, partial(report, self.path))
         try:
             batches = self._batches()
-            stop = StopRequest(self.runtime.device)  # after the workers' server, which must not inherit its handlers
+            # After the workers' server, which must not inherit its handlers.
+            self.agreement = Agreement(self.runtime.device)
             try:
-                return self._train(batches, stop)
+                while (code := self._train(batches)) is None:
+                    batches.close()
+                    if self.divergence.is_too_much:
+                        self.watchdog.begin("return")
+                        self._go_back()
+                    batches = self._batches()
+                return code
             except ClipscaleError:
                 self._settle()  # what was being saved when it happened is good
                 raise
             finally:
-                stop.release()
+                self.agreement.release()
         finally:
+            self.watchdog.release()
             self.sinks.close()
 
-    def _train(self, batches: Iterator[Batch], stop: StopRequest) -> ExitCode:
-        config = self.config
+    def _train(self, batches: Generator[Batch]) -> ExitCode | None:
+        """None if other batches must come: from before training went wrong, or from behind."""
         self._evaluate()  # what a kill in an evaluation left undone
         while not self._is_over:
             self._train_on(next(batches))
+            saves = self._due(self.config.checkpoint.every_samples) or self._is_over
+            stops = self._agree(saves or self._logs())
+            if self.divergence.is_too_much:
+                return None
             self._warn_of_save(self.checkpoints.failure())
             if self._logs():
                 self._log()
-            if self._due(config.checkpoint.every_samples) or self._is_over:
+            if saves or self.asked_to_save:
                 self._save()
             self._evaluate()
-            if stop.agreed() and not self._is_over:
+            self.watchdog.begin()
+            if stops and not self._is_over:
                 self._save()
                 return self._finish(ExitCode.PREEMPTED)
+            if self.divergence.arrived(self.positions):
+                return None
         return self._finish(ExitCode.DONE)
+
+    def _agree(self, now: bool) -> bool:
+        """Exchange with all ranks what this step came to, for the next one, or for ``now``. Returns whether to stop."""
+        assert self.step.verdict is not None
+        before = self._hear(self.agreement.exchange(self._is_time_to_save(), self.step.verdict), self.saved.step - 1)
+        if now or before or self.asked_to_save:
+            return self._hear(self.agreement.settle(), self.saved.step) or before
+        return before
+
+    def _hear(self, agreed: Agreed | None, step: int) -> bool:
+        if agreed is None:
+            return False
+        skipped, bad, loss = agreed.said
+        self.divergence.judge(step, bool(skipped), bool(bad), loss)
+        self.asked_to_save |= agreed.save
+        return agreed.stop
+
+    def _is_time_to_save(self) -> bool:
+        minutes = self.config.checkpoint.every_minutes  # by one clock: ranks would disagree on the step
+        return bool(minutes) and self.runtime.is_main and time.perf_counter() - self.started >= 60 * (minutes or 0)
 
     def _logs(self, ahead: int = 0) -> bool:
         """Whether this step, or the one in so many samples, is logged."""
@@ -153,11 +209,11 @@ class Trainer:
 
     # ---- step -------------------------------------------------------------------------------------------------
 
-    def _batches(self) -> Iterator[Batch]:
-        positions = np.array(self.saved.positions, dtype=np.int64)
-        return self._timed(build_loader(self.config, self.train, positions, self.tokenizer, self.runtime))
+    def _batches(self) -> Generator[Batch]:
+        positions, skipped = gather(self.positions.to(self.runtime.device)).cpu().numpy(), self.saved.skipped
+        return self._timed(build_loader(self.config, self.train, positions, self.tokenizer, self.runtime, skipped))
 
-    def _timed(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+    def _timed(self, loader: Iterable[Batch]) -> Generator[Batch]:
         batches = iter(loader)
         self.meters.restart()
         while True:
@@ -174,6 +230,7 @@ class Trainer:
         self.step.zero_grad()
         self.loss = self.step(batch, saved.samples_seen, self.lr, stats=self._logs(config.global_batch_size))
         saved.samples_seen, saved.step = after, saved.step + 1
+        self.divergence.trained(batch)
         self.positions = batch.positions
         self.meters.stepped(config.global_batch_size, self.loss)
         self.account.add(batch, after)
@@ -199,6 +256,8 @@ class Trainer:
             **self.step.statistics(),
             "train/grad_norm": self.step.grad_norm(),
             "train/bad_samples": float(bad),
+            "train/skipped_steps": float(self.saved.skipped_steps),
+            "train/diverged_samples": float(diverged_samples(self.saved)),
             "train/truncated_captions": float(truncated),
             **{f"train/bad_samples/{reason}": float(n) for reason, n in self.account.by_reason(bad).items()},
         }
@@ -206,16 +265,6 @@ class Trainer:
         self.account.warn(bad, truncated, self.saved.samples_seen, self.sinks.console.say)
         self.meters.restart()
         self.account.judge(bad, self.saved.samples_seen, self._epoch - self.first_epoch + 1, self._is_over)
-        self._refuse_nonsense(values["train/loss"], values["train/grad_norm"])
-
-    def _refuse_nonsense(self, loss: float, grad_norm: float) -> None:
-        if math.isfinite(loss) and (math.isfinite(grad_norm) or self.step.scaler.is_enabled()):
-            return  # fp16's scaler skips steps whose gradient overflowed, and lowers its scale
-        raise DivergedError(
-            f"loss {loss} and gradient norm {grad_norm} at step {self.saved.step}; lower optim.lr (now "
-            f"{self.config.optim.lr}) or set optim.clip_grad_norm; the run can then go on from the last checkpoint in "
-            f"{self.path / 'checkpoints'}"
-        )
 
     def _emit(self, values: dict[str, float]) -> None:
         where = {
@@ -247,26 +296,53 @@ class Trainer:
         self.evaluated_at = self.saved.samples_seen
         values: dict[str, float] = {}
         self.model.eval()
-        with self.ema.applied() if self.ema else nullcontext():
+        patient = waiting_up_to(self.config.eval.timeout_s, self.config.distributed.timeout_s)
+        with patient, self.watchdog.during("evaluation"), self.ema.applied() if self.ema else nullcontext():
             context = eval_context(self.config, self.model, self.tokenizer, self.runtime.device)
             for evaluator in self.evaluators:
                 values |= evaluator.run(context)
         self._emit(values)
         self.meters.restart()
+        if mark_best(self.saved, self.config.checkpoint.best_metric, values):
+            self._save()  # unless this step has been saved
 
     def _save(self) -> None:
+        self.asked_to_save = False
         if self.checkpointed_at == self.saved.step:
             return
-        self._refuse_nonsense(self.loss.item(), self.step.grad_norm())  # it must not replace a good checkpoint
+        self.watchdog.begin("save")
         self._settle()
         self.checkpointed_at = self.saved.step
         self.account.save(self.saved)
         self.saved.positions = gather(self.positions.to(self.runtime.device)).tolist()
         self.saved.time_s, self.started = self._time_s, time.perf_counter()
         self.saved.scaler = self.step.scaler.state_dict()
+        mark_kept(self.saved, self.config.checkpoint.keep_every_samples)
+        self.saved.wandb_id = read_run_id(self.path)
         ema = self.ema.state_dict() if self.ema else {}
         self.checkpoints.save(self.model, self.step.optimizer, ema, self.saved)
         self.meters.restart()
+
+    def _go_back(self) -> None:
+        """Restore a checkpoint from before the steps that went wrong, to pass over their batches.
+
+        Raises DivergedError when there is none, or the run has gone back too often.
+        """
+        saved, checkpoint = self.saved, self.checkpoints.before(self.divergence.first)
+        if checkpoint is None or saved.rollbacks >= self.config.divergence.max_rollbacks:
+            raise DivergedError(self.divergence.why_it_ends(checkpoint.location if checkpoint else None))
+        passed = self.divergence.window(self.positions)
+        self._restore(checkpoint)
+        if self.runtime.is_main:
+            self.checkpoints.forget_after(self.saved.step)
+        self.divergence.skip(passed, self.saved)
+        self._begin()
+        self.sinks.rewind(self.saved.samples_seen)
+        self.sinks.console.say(
+            f"warning: training went wrong, steps {', '.join(map(str, saved.bad_steps))} were bad; back to "
+            f"{checkpoint.name}, and around the batches from step {passed.step + 1} to {saved.step}; keys in "
+            f"{self.path}/diverged"
+        )
 
     def _settle(self) -> None:
         """Wait for the save that is under way; one that failed is told, and the last good checkpoint stands."""
@@ -285,106 +361,62 @@ class Trainer:
 
     def _finish(self, code: ExitCode) -> ExitCode:
         self.checkpoints.wait()
-        bad = self.account.by_reason(self.saved.bad_samples)
-        log.info("%s at %s samples", code.name.lower(), self.saved.samples_seen)
-        if not self.runtime.is_main:
-            return code
-        say, done = self.sinks.console.say, code is ExitCode.DONE
-        self.sinks.console.close()
-        metrics = self._write_result(code)
-        log_event(self.path, "done" if done else "preempted", samples_seen=self.saved.samples_seen)
-        if not done:
-            say(f"stopped at {self.saved.samples_seen:,} samples and saved; the same command goes on from there")
-            return code
-        self.sinks.console.summary(self._title(), metrics)
-        if bad:
-            say(f"bad samples passed over: {listed(bad)}; keys in {self.path}/bad_samples")
-        if self.config.eval.objective not in metrics and self.evaluators:
-            say(f"warning: eval.objective={self.config.eval.objective} was not measured in this run")
-        say(f'done: {self.path}; use it with clipscale.load("{self.path}") or: clipscale eval {self.path}')
+        tell_end(self, code)
         return code
-
-    def _write_result(self, code: ExitCode) -> dict[str, float]:
-        """Write ``result.json``; returns the last value of every metric."""
-        metrics = last_values(self.path / "metrics.jsonl")
-        write_result(
-            self.path,
-            "done" if code is ExitCode.DONE else "preempted",
-            code,
-            objective=metrics.get(self.config.eval.objective),
-            samples_seen=self.saved.samples_seen,
-            metrics=metrics,
-        )
-        return metrics
-
-    def _title(self) -> str:
-        minutes = self.saved.time_s / 60
-        return f"{self.path.name}: {self.saved.samples_seen:,} samples, {self.saved.step:,} steps, {minutes:.1f} min"
-
-    def _already_done(self) -> ExitCode:
-        if self.runtime.is_main:
-            self._write_result(ExitCode.DONE)
-            print(
-                f"{self.path} has seen all of its {self.config.total_samples:,} samples; nothing to do "
-                "(raise total_samples to train on, or choose another name=…)"
-            )
-        return ExitCode.DONE
 
     # ---- start ------------------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
         self.started = time.perf_counter()
-        self.attempt = 1 + count_events(self.path, "started")
         self.lr = 0.0
         self.unfinished: list[str] = []
         newest = self.newest
         if world_size() > 1:
             dist.barrier()  # before the main rank counts this start, or removes anything
         if newest is not None:
-            ema = self.ema.state_dict() if self.ema else {}
-            self.saved = self.checkpoints.restore(newest, self.model, self.step.optimizer, ema)
-            self._check_order()
-            configure(self.step.optimizer, self.config.optim)
-            if self.saved.scaler:  # empty if the run had none until now
-                self.step.scaler.load_state_dict(self.saved.scaler)
-            self.checkpointed_at = self.saved.step
-        self.positions = torch.tensor(self.saved.positions, dtype=torch.int64)
-        self.account.resumed(self.saved, self.attempt)
-        self.first_epoch = self._epoch
-        # One rank reads the file for all: they must not disagree on what comes next.
-        made = evaluated_at(self.path / "metrics.jsonl", self.saved.samples_seen) if self.runtime.is_main else 0
-        self.evaluated_at = int(total(torch.tensor([made], device=self.runtime.device)))
+            self._restore(newest)
+            if self.from_elsewhere:
+                self.checkpointed_at = -1
+                make_own(self.saved)
+        self._begin()
         if self.runtime.is_main:
-            for name, problem in self.checkpoints.damaged.items():
-                log.warning("checkpoint %s is damaged: %s", name, problem)
-                log_event(self.path, "damaged_checkpoint", checkpoint=name, problem=problem)
+            record_damage(self.path, self.checkpoints.damaged)
             self.unfinished = self.checkpoints.clean()
             save_config(self.config, self.path / "config.yaml")  # with the window that was chosen
+            if self.saved.wandb_id:
+                write_run_id(self.path, self.saved.wandb_id)
             log_event(
                 self.path, "started", attempt=self.attempt, world_size=self.runtime.world,
                 samples_seen=self.saved.samples_seen, checkpoint=newest and newest.name,
             )  # fmt: skip
             self.tokenizer.save(self.path / TOKENIZER)  # now: until it has started, a run may be given another
+            if self.config.checkpoint.dir is not None:
+                record_elsewhere(self.config, self.path)
 
-    def _check_order(self) -> None:
-        order = self.train.order
-        if self.saved.fingerprint != order.fingerprint:
-            raise ConfigError(
-                f"the training data is not the one that {self.path} was trained on: its shards, their sample counts, "
-                f"weights, seed, streams or window changed (order {self.saved.fingerprint} in the checkpoint, "
-                f"{order.fingerprint} now); restore the data or choose another name=…"
-            )
+    def _restore(self, checkpoint: Stored) -> None:
+        ema = self.ema.state_dict() if self.ema else {}
+        self.saved = self.checkpoints.restore(checkpoint, self.model, self.step.optimizer, ema)
+        check_order(self.saved, self.train.order, self.path)
+        configure(self.step.optimizer, self.config.optim)
+        if self.saved.scaler:  # empty if the run had none until now
+            self.step.scaler.load_state_dict(self.saved.scaler)
+        self.checkpointed_at = self.saved.step
+
+    def _begin(self) -> None:
+        """Count from where the run stands."""
+        mine = np.array_split(np.arange(self.train.order.streams), self.runtime.world)[self.runtime.rank]
+        self.positions = torch.tensor(self.saved.positions, dtype=torch.int64)[mine]
+        self.account.resumed(self.saved, self.attempt)
+        self.divergence.resumed(self.saved, self.attempt, self.positions)
+        self.first_epoch = self._epoch
+        # One rank reads the file for all: they must not disagree on what comes next.
+        made = evaluated_at(self.path / "metrics.jsonl", self.saved.samples_seen) if self.runtime.is_main else 0
+        self.evaluated_at = int(total(torch.tensor([made], device=self.runtime.device)))
 
     def _open_sinks(self) -> Sinks:
         config, saved = self.config, self.saved
         settings = {key: value_of(config, key) for key, _, _ in leaves(Schema)}
-        sinks = Sinks(
-            self.path,
-            config.tracking,
-            settings,
-            saved.samples_seen,
-            config.total_samples,
-            self.runtime.is_main,
-        )
+        main = self.runtime.is_main
+        sinks = Sinks(self.path, config.tracking, settings, saved.samples_seen, config.total_samples, main)
         tell_start(self, sinks.console.say)
         return sinks

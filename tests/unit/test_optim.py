@@ -100,7 +100,7 @@ def test_ema_moves_and_swaps() -> None:
     start = model.weight.detach().clone()
     with torch.no_grad():
         model.weight += 1
-    ema.update()
+    ema.update(torch.zeros(()))
     with ema.applied():
         torch.testing.assert_close(model.weight.detach(), start + 0.25)
     torch.testing.assert_close(model.weight.detach(), start + 1)

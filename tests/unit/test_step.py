@@ -32,7 +32,7 @@ ON_THE_HOST = {
 OVER_ALL = {
     aten._foreach_norm.Scalar,
     aten._foreach_mul_.Tensor,
-    aten._foreach_lerp_.Scalar,
+    aten._fused_sgd_.default,
     aten._fused_adamw_.default,
 }
 
