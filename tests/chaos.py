@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.runs import kill_everything, losses
+from tests.tracker import tracker
 
 BATCH, EVERY, STEPS = 32, 6, 60  # samples a step, steps between checkpoints, steps of a run
 POISONED = (17, 33, 34)  # steps of the unpoisoned run: one bad batch alone, and two that make the run go back
 PATIENCE_S = 300.0
+KEY = "0" * 40
 HOOKS = Path(__file__).parent / "hooks"
 # What happens to a run, and how often it is drawn.
 KINDS = {
     "kill a rank": 4, "kill the agent": 3, "SIGTERM": 3, "SIGTERM to a rank": 2, "SIGSTOP a rank": 2, "disk full": 3,
-    "flip a byte": 3, "truncate a file": 3, "remove a file": 3, "kill all": 3,
+    "flip a byte": 3, "truncate a file": 3, "remove a file": 3, "kill all": 3, "W&B dies": 2,
 }  # fmt: skip
 
 
@@ -73,14 +75,14 @@ class Victim:
     world: int = 2
     said: list[str] = field(default_factory=list)
 
-    def start(self, world: int) -> None:
+    def start(self, world: int, *overrides: str, **variables: str) -> None:
         """Give the command."""
         path = os.pathsep.join([str(HOOKS), os.environ.get("PYTHONPATH", "")])
-        environment = os.environ | {"CHAOS_POISON": "\n".join(self.poison), "PYTHONPATH": path}
+        environment = os.environ | {"CHAOS_POISON": "\n".join(self.poison), "PYTHONPATH": path} | variables
         self.world = world
         self.process = subprocess.Popen(
             [sys.executable, "-m", "clipscale.cli", "train", *self.arguments, f"name={self.path.name}",
-             f"cluster.processes_per_node={world}", f"parallel={'fsdp' if world > 1 else 'ddp'}"],
+             f"cluster.processes_per_node={world}", f"parallel={'fsdp' if world > 1 else 'ddp'}", *overrides],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment,
         )  # fmt: skip
 
@@ -241,10 +243,25 @@ def _damage(victim: Victim, fault: Fault) -> str:
     return f"{newest.name} set aside, started again at {begun['samples_seen']}"
 
 
+def _lose_tracker(victim: Victim, fault: Fault) -> str:
+    victim.kill()
+    with tracker() as (address, server):
+        starts = len(victim.events("started"))
+        victim.start(
+            fault.world, "tracking.mode=online", WANDB_MODE="online", WANDB_BASE_URL=address, WANDB_API_KEY=KEY
+        )
+        victim.wait_for(lambda: len(victim.events("started")) > starts)
+        goal = min(STEPS - 4, victim.step() + fault.steps)
+        victim.wait_for(lambda: victim.step() >= goal)
+        server.kill()
+    assert victim.wait_for(lambda: victim.step() >= goal + 3)
+    return f"went on from {goal * BATCH} to {victim.step() * BATCH}"
+
+
 _HAPPENINGS = {
     "kill a rank": _kill_rank, "kill the agent": _kill_agent, "SIGTERM": _stop, "SIGTERM to a rank": _stop_rank,
     "SIGSTOP a rank": _freeze, "disk full": _fill_disk, "flip a byte": _damage, "truncate a file": _damage,
-    "remove a file": _damage, "kill all": _kill_all,
+    "remove a file": _damage, "kill all": _kill_all, "W&B dies": _lose_tracker,
 }  # fmt: skip
 
 

@@ -15,6 +15,8 @@ class Meters:
 
     def __init__(self, device: torch.device, world: int) -> None:
         self._device, self._world = device, world
+        self.interval_s = 0.0
+        """Length of the interval that was read last."""
         self._loss = torch.zeros(2, device=device)  # sum, and steps, of those that have one
         self.restart()
 
@@ -37,7 +39,7 @@ class Meters:
     def read(self) -> dict[str, float]:
         """The interval's mean loss, rates and memory, and a new interval."""
         loss, steps = self._loss.tolist()  # the device has finished the interval from here on
-        seconds = time.perf_counter() - self._started
+        seconds = self.interval_s = time.perf_counter() - self._started
         rate = self._samples / seconds
         values = {
             "train/loss": loss / steps if steps else math.nan,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from clipscale.errors import ConfigError
 from clipscale.models import CLIP, Features
 from clipscale.optim import Ema
 from clipscale.parallel import Parallelized, takes_statistics, towers_autocast
+from clipscale.telemetry import Stragglers
 from clipscale.trainer.cached import backward_through_parts
 from clipscale.trainer.objective import Objective, SendAhead, Stats, extra_rows
 
@@ -52,6 +54,7 @@ class TrainStep:
     ema: Ema | None
     _stats: Stats | None = None  # of the last step, if they were asked for
     _norm: torch.Tensor | None = None  # of the last step's gradient before clipping, whole
+    stragglers: Stragglers | None = None
     verdict: Verdict | None = None
     """On the last step."""
 
@@ -146,7 +149,8 @@ class TrainStep:
         with towers_autocast(self.config.precision.name, device):
             packing, begin = self.model.text.packing(lengths), ahead.begin if ahead else None
             # A method: FSDP hands on copies of dataclasses where it casts inputs, and a copy's gathering would be lost.
-            features = self.laid_out.module(images, ids, packing, begin, seeds)
+            with self.stragglers.computing() if self.stragglers else nullcontext():
+                features = self.laid_out.module(images, ids, packing, begin, seeds)
         return features._replace(extra_text=extra_rows(features.extra_text, batch))
 
     def grad_norm(self) -> float:

@@ -31,7 +31,7 @@ from clipscale.evals import build_evaluators
 from clipscale.models import Classifier, build_model
 from clipscale.optim import Ema, build_optimizer, configure, learning_rate
 from clipscale.parallel import build_scaler, heights, lock, parallelize
-from clipscale.telemetry import Meters, Sinks, evaluated_at, read_run_id, write_run_id
+from clipscale.telemetry import Meters, Sinks, Stragglers, evaluated_at, read_run_id, write_run_id
 from clipscale.trainer.account import Account
 from clipscale.trainer.build import (
     build_loader,
@@ -105,6 +105,7 @@ class Trainer:
         self.saved.teachers = [str(teacher) for teacher in teachers]
         self.account = Account(config, self.path, runtime, self.train)
         self.divergence = Divergence(config, self.path, runtime)
+        self.stragglers = self.step.stragglers = Stragglers(self.path, runtime.device)
         self.attempt = 1 + count_events(self.path, "started")
         self.positions = torch.zeros(0, dtype=torch.int64)  # of the streams of this rank, after the last step
         self.evaluated_at = 0  # samples seen at the last evaluation
@@ -262,17 +263,14 @@ class Trainer:
             **{f"train/bad_samples/{reason}": float(n) for reason, n in self.account.by_reason(bad).items()},
         }
         self._emit(values)
+        self.stragglers.tell(values["train/data_wait_s"], self.meters.interval_s, self.sinks.console.say)
         self.account.warn(bad, truncated, self.saved.samples_seen, self.sinks.console.say)
         self.meters.restart()
         self.account.judge(bad, self.saved.samples_seen, self._epoch - self.first_epoch + 1, self._is_over)
 
     def _emit(self, values: dict[str, float]) -> None:
-        where = {
-            "samples_seen": self.saved.samples_seen,
-            "step": self.saved.step,
-            "epoch": self._epoch,
-            "time_s": round(self._time_s, 3),
-        }
+        saved, time_s = self.saved, round(self._time_s, 3)
+        where = {"samples_seen": saved.samples_seen, "step": saved.step, "epoch": self._epoch, "time_s": time_s}
         self.sinks.log(where | values)
 
     @property

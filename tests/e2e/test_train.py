@@ -281,6 +281,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "docs/inspecting.md",
         "docs/loss.md",
         "docs/models.md",
+        "docs/surviving.md",
         "docs/weights.md",
     ],
 )

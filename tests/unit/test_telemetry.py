@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from clipscale.config import compose
 from clipscale.config.running import Tracking, TrackingMode
+from clipscale.errors import ExitCode
 from clipscale.telemetry.sinks import Jsonl, last_values
 from clipscale.telemetry.wandb import WandbSink
+from clipscale.trainer.failures import in_one_line
+from tests.tracker import tracker
 
 
 def test_rows_past_the_checkpoint_are_set_aside(tmp_path: Path) -> None:
@@ -65,3 +69,36 @@ def test_online_without_a_key_falls_back(tmp_path: Path, no_key: None) -> None:
     sink.close()
     assert "W&B online failed" in said[0]
     assert "offline" in said[-1]
+
+
+def test_a_tracker_that_dies_ends_nothing(
+    tmp_path: Path, no_key: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rows are taken at once; at the end what could not be sent is given up after a while, and kept on disk."""
+    said: list[str] = []
+    monkeypatch.setattr("clipscale.telemetry.wandb.FINISH_TIMEOUT_S", 2)
+    with tracker() as (address, server):
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        sink = WandbSink(tmp_path, Tracking(mode=TrackingMode.online), {}, said.append)
+        sink.log({"samples_seen": 1, "train/loss": 3.0})
+        server.kill()
+        server.wait()
+        for seen in range(2, 20):
+            sink.log({"samples_seen": seen, "train/loss": 3.0})
+        sink.close()
+    assert [line for line in said if "W&B could not finish" in line] and len(said) == 1
+    assert list(tmp_path.glob("wandb/run-*/*.wandb")), "what was not sent is on disk"
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    config, _ = compose([])
+    with pytest.raises(OSError) as error, open("/dev/full", "w") as file:
+        file.write("a row")
+        file.flush()
+    told = in_one_line(error.value, config, tmp_path)
+    assert str(told) == (
+        f"{tmp_path} cannot be written: No space left on device; make room, and the same command goes on from the last "
+        "checkpoint"
+    )
+    assert told is not None and told.exit_code == ExitCode.FAILED

@@ -1,0 +1,78 @@
+"""What goes wrong outside is one line that says what to do, and torchrun is told what it must do."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipscale.config import compose
+from clipscale.config.rundir import report
+from clipscale.errors import ExitCode
+from clipscale.train import _for_torchrun
+from clipscale.trainer.failures import in_one_line
+
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.72 GiB."
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mends"),
+    [
+        ([], "optim.microbatches=auto optim.max_microbatch=64 or parallel.activation_checkpointing=full"),
+        (["cluster=cpu2"], "optim.max_microbatch=32 or"),
+        (["optim.microbatches=auto", "optim.max_microbatch=10"], "optim.max_microbatch=5 or"),
+        (
+            ["optim.microbatches=auto", "optim.max_microbatch=1", "parallel.activation_checkpointing=full"],
+            "use a smaller model.vision.image_size, which",
+        ),
+    ],
+)
+def test_out_of_memory_names_what_helps(overrides: list[str], mends: str) -> None:
+    config, _ = compose(overrides)
+    told = in_one_line(torch.OutOfMemoryError(OUT_OF_MEMORY), config, Path("runs/one"))
+    assert told is not None and told.exit_code == ExitCode.USER_ERROR
+    assert "out of memory on the device: CUDA out of memory. Tried to allocate 20.00 GiB;" in str(told)
+    assert mends in str(told) and "\n" not in str(told)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:8093",
+        "NCCL communicator was aborted on rank 1.",
+    ],
+)
+def test_a_rank_that_is_gone_is_no_traceback(text: str) -> None:
+    told = in_one_line(RuntimeError(text), compose([])[0], Path("runs/one"))
+    assert told is not None and told.exit_code == ExitCode.FAILED and "see runs/one/logs" in str(told)
+
+
+def test_what_nobody_expected_keeps_its_traceback() -> None:
+    config, _ = compose([])
+    assert in_one_line(RuntimeError("shape '[2]' is invalid"), config, Path("runs")) is None
+    assert in_one_line(OSError(errno.ENOENT, "No such file"), config, Path("runs")) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "left", "expected"),
+    [
+        (ExitCode.DONE, 3, 0), (ExitCode.PREEMPTED, 0, 0), (ExitCode.FAILED, 3, 1), (ExitCode.FAILED, 0, 1),
+        (ExitCode.USER_ERROR, 3, 0), (ExitCode.DIVERGED, 1, 0), (ExitCode.DATA_BUDGET, 2, 0), (ExitCode.DIVERGED, 0, 3),
+    ],
+)  # fmt: skip
+def test_torchrun_starts_again_only_what_failed(
+    monkeypatch: pytest.MonkeyPatch, code: ExitCode, left: int, expected: int
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(3 - left))
+    assert _for_torchrun(code) == expected
+
+
+def test_the_first_rank_that_fails_speaks_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(tmp_path, "no such shard", ExitCode.USER_ERROR) is ExitCode.USER_ERROR
+    assert report(tmp_path, "connection lost", ExitCode.FAILED) is ExitCode.USER_ERROR
+    assert capsys.readouterr().err == "error: no such shard\n"
+    assert json.loads((tmp_path / "result.json").read_text())["error"] == "no such shard"
