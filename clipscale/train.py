@@ -81,7 +81,14 @@ def train(config: Config, path: Path, store: Any = None) -> ExitCode:
         distributed.stand_by(store)
         return ExitCode.DONE
     held = lock(path) if rank == 0 else None
-    runtime = distributed.start(config.device.value, config.distributed.timeout_s, store, spares=world - usable)
+    runtime = distributed.start(
+        config.device.value,
+        config.distributed.timeout_s,
+        store,
+        spares=world - usable,
+        sharded=config.parallel.strategy.shards,
+        on_host=config.parallel.cpu_offload,
+    )
     _log_to(path / "logs" / f"rank{runtime.rank}.log")
     if runtime.is_main:
         if distributed.restarts_may_fail():

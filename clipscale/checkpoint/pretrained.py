@@ -97,7 +97,9 @@ def load_pretrained(model: CLIP, found: Pretrained) -> list[str]:
     _check_shapes(model, state, found)
     _check_values(model, state, found)
     _check_told(model, found)
-    model.load_state_dict(state)
+    # A model without storage takes these tensors for its own; what it has no weights for is drawn later.
+    without = any(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict({name: state[name].to(own[name].dtype) for name in own}, assign=without)
     return resized
 
 
@@ -154,7 +156,7 @@ def _check_shapes(model: CLIP, state: State, found: Pretrained) -> None:
 
 def _check_values(model: CLIP, state: State, found: Pretrained) -> None:
     for name, own in model.state_dict().items():
-        if not own.is_floating_point():
+        if not own.is_floating_point() or state[name].is_meta:
             continue
         if not state[name].is_floating_point():
             kind = str(state[name].dtype).removeprefix("torch.")

@@ -49,7 +49,7 @@ def open_run(
             "model.classes is recorded by loss=cross_entropy, from data.zeroshot.classes=FILE.json; leave "
             "model.classes out"
         )
-    validate(config)
+    validate(config, world)
     if config.name is None:
         config.name = f"{experiment}-{identity(config)}"
     run = Run(Path(config.runs_dir, config.name), config)
@@ -65,7 +65,7 @@ def open_run(
         _join(run, load_config(recorded))
     else:
         config.data.streams = config.data.streams or default_streams(config.global_batch_size, world)
-    validate(config)
+    validate(config, world)
     try:
         (run.path / "logs").mkdir(parents=True, exist_ok=True)
         save_config(config, recorded)

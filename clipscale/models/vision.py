@@ -58,6 +58,7 @@ class VisionTower(nn.Module):
             self.drops.draw(len(images), seeds, images.device)
         if images.dtype == torch.uint8:
             images = (images.float() - self.mean) / self.std
+            images = images.to(next(self.trunk.parameters()).dtype)  # which sharding may have made half precision
         return self.proj(self.trunk(images))
 
 

@@ -85,12 +85,14 @@ class Trainer:
             seed=config.seed,
             logit_scale=config.loss.init_logit_scale,
             logit_bias=config.loss.first_bias,
+            drawn=not config.parallel.strategy.shards,
         )
         self.starts_from, self.resized = (
             start_from(model, config, self.tokenizer, runtime) if newest is None else ("", [])
         )
         lock(model, config.lock)
-        laid_out = parallelize(model, config.parallel, runtime.device)
+        one_pass = config.optim.count_microbatches(config.global_batch_size // runtime.world) == 1
+        laid_out = parallelize(model, config.parallel, runtime.device, config.precision.name, one_pass=one_pass)
         self.model = laid_out.model
         if newest is None and classes is not None and config.init.head is HeadStart.zeroshot:
             assert isinstance(self.model, Classifier)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from clipscale.checkpoint import Checkpointer, Saved
 from clipscale.config import compose
@@ -60,9 +61,11 @@ def build(
 ) -> TrainStep:
     """A step on this rank; the model, the objective and the scaler are the configuration's where none is given."""
     runtime = Runtime(rank(), world_size(), rank(), torch.device(device))
-    model = model or build_model(config.model, logit_bias=config.loss.first_bias)
+    in_shards = config.parallel.strategy.shards and dist.is_initialized()
+    model = model or build_model(config.model, logit_bias=config.loss.first_bias, drawn=not in_shards)
     lock(model, config.lock)
-    laid_out = parallelize(model, config.parallel, runtime.device)
+    one_pass = config.optim.count_microbatches(B // world_size()) == 1
+    laid_out = parallelize(model, config.parallel, runtime.device, config.precision.name, one_pass=one_pass)
     optimizer = build_optimizer(laid_out.model, config.optim, heights(laid_out.model))
     ema = Ema(laid_out.model, 0.9)
     scaler = scaler or build_scaler(config.precision.name, runtime.device)
