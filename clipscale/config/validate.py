@@ -74,10 +74,17 @@ def _sizes(config: Config) -> Iterator[str]:
         model__text__layers=config.model.text.layers,
         model__text__vocab_size=config.model.text.vocab_size,
         model__text__norm_eps=config.model.text.norm_eps,
+        model__text__mlp_ratio=config.model.text.mlp_ratio,
     )
     vision = config.model.vision
     given = {"patch_size": vision.patch_size, "width": vision.width, "layers": vision.layers}
     yield from _positive(**{f"model__vision__{key}": value for key, value in given.items() if value is not None})
+    if vision.patch_size and vision.patch_size > 0 and vision.image_size % vision.patch_size:
+        least = max(1, vision.image_size // vision.patch_size) * vision.patch_size
+        yield (
+            f"model.vision.image_size={vision.image_size} is no multiple of model.vision.patch_size="
+            f"{vision.patch_size}; use model.vision.image_size={least}"
+        )
     if config.init.weights == "":
         yield "init.weights is to be given: init.weights=RUN, or open_clip:NAME/TAG; null starts from the seed alone"
     if config.name == "":

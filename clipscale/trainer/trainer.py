@@ -18,7 +18,7 @@ from clipscale.config import Config, save_config
 from clipscale.config.fields import leaves
 from clipscale.config.model import HeadStart
 from clipscale.config.resume import value_of
-from clipscale.config.rundir import append_rows, count_events, log_event, report
+from clipscale.config.rundir import count_events, log_event, report
 from clipscale.config.schema import Config as Schema
 from clipscale.data.io import ShardStore
 from clipscale.data.loader import Batch
@@ -236,18 +236,7 @@ class Trainer:
         self.divergence.trained(batch)
         self.positions = batch.positions
         self.meters.stepped(config.global_batch_size, self.loss)
-        self.account.add(batch, after)
-        if config.data.trace:
-            self._trace(batch)
-
-    def _trace(self, batch: Batch) -> None:
-        folder = self.path / "trace"
-        folder.mkdir(exist_ok=True)
-        row = {
-            "attempt": self.attempt, "step": self.saved.step, "rank": self.runtime.rank,
-            "world_size": self.runtime.world, "keys": batch.keys,
-        }  # fmt: skip
-        append_rows(folder / f"rank{self.runtime.rank}.jsonl", [row])
+        self.account.add(batch, saved)
 
     # ---- log --------------------------------------------------------------------------------------------------
 
