@@ -118,13 +118,18 @@ class Checkpointer:
         return None
 
     def _damage(self, stored: Stored) -> str:
-        def look() -> str:
+        def look() -> tuple[str, str]:
             try:
-                return stored.damage(stored.manifest(), among=slice(rank(), None, world_size()))
+                return stored.damage(stored.manifest(), among=slice(rank(), None, world_size())), ""
             except DamagedError as error:
-                return str(error)
+                return str(error), ""
+            except DataError as error:  # a store that does not answer says nothing of what lies in it
+                return "", str(error)
 
-        return next(filter(None, _everywhere(look())), "")
+        problems, failures = zip(*_everywhere(look()), strict=True)
+        if failed := next(filter(None, failures), ""):
+            raise DataError(failed)
+        return next(filter(None, problems), "")
 
     def _set_aside(self, stored: Stored) -> None:
         """Take a damaged checkpoint from those to be kept; the rest of it stays, for who would mend it, until the next
@@ -264,10 +269,16 @@ def _in_one_line(stored: Stored) -> Iterator[None]:
 
 
 def _from_first(make: Callable[[], T]) -> T:
-    """What rank 0 makes, on all ranks."""
-    made: list[Any] = [make() if rank() == 0 else None]
+    """What rank 0 makes, on all ranks; its error, too."""
+    made: list[Any] = [None, ""]
+    try:
+        made[0] = make() if rank() == 0 else None
+    except DataError as error:
+        made[1] = str(error)
     if world_size() > 1:
         dist.broadcast_object_list(made)
+    if made[1]:
+        raise DataError(made[1])
     return made[0]
 
 

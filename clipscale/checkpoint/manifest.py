@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import PurePath
 from typing import Any, BinaryIO
 
-from clipscale.data.io import ShardStore, resolve
-from clipscale.errors import ClipscaleError, DataError
+from clipscale.data.io import REMOTE, ShardStore, resolve
+from clipscale.errors import ClipscaleError, DataError, MissingError
 
 MANIFEST = "manifest.json"
 MAX_BYTES = 1 << 28  # of a manifest; a thousand ranks and a thousand streams take a quarter of a megabyte
@@ -107,7 +107,10 @@ class Stored:
         return parse_manifest(self.location, read_manifest(self))
 
     def damage(self, manifest: Manifest, among: slice = slice(None)) -> str:
-        """What is wrong with the first damaged file ``among`` those of the manifest; empty if nothing is."""
+        """What is wrong with the first damaged file ``among`` those of the manifest; empty if nothing is.
+
+        Raises DataError for a store that does not answer.
+        """
         for name, known in list(manifest.files.items())[among]:
             if problem := self._wrong_with(name, known):
                 return f"{name} {problem}"
@@ -121,7 +124,13 @@ class Stored:
             with self.open(name) as file:
                 return "" if checksum(file).crc32 == known.crc32 else "does not have its checksum"
         except DataError as error:
+            if not self.tells(error):
+                raise
             return f"cannot be read ({error})"
+
+    def tells(self, error: DataError) -> bool:
+        """Whether an error is of what lies here, and not of the way to it."""
+        return isinstance(error, MissingError) or not self.location.startswith(REMOTE)
 
 
 def read_manifest(stored: Stored) -> bytes:
@@ -130,6 +139,8 @@ def read_manifest(stored: Stored) -> bytes:
         with stored.open(MANIFEST) as file:
             text = file.read(MAX_BYTES + 1)
     except DataError as error:
+        if not stored.tells(error):
+            raise
         raise DamagedError(str(error)) from None
     if len(text) > MAX_BYTES:
         raise DamagedError(f"{stored.location}/{MANIFEST} is too large to be a manifest")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from clipscale.checkpoint import Checkpointer, Saved
-from clipscale.checkpoint.manifest import MANIFEST
+from clipscale.checkpoint.manifest import MANIFEST, Stored
 from clipscale.checkpoint.places import PINNED, fetch, finished_in
 from clipscale.data.io import ShardStore
-from clipscale.errors import SaveError
+from clipscale.errors import DataError, SaveError
 from tests.buckets import BUCKET, KEYS, s3_server, storage
 
 PLACE = f"s3://{BUCKET}/runs/a/checkpoints"
@@ -63,10 +63,18 @@ def test_a_bucket_is_as_good_as_a_directory(address: str, tmp_path: Path) -> Non
     assert (copied / MANIFEST).exists() and fetch(newest, tmp_path / "fetched") == copied
 
 
-def test_a_store_that_is_gone_is_one_line(tmp_path: Path) -> None:
+def test_a_store_that_is_gone_is_one_line(address: str, tmp_path: Path) -> None:
     settings = storage("http://127.0.0.1:1")
     settings.retries = 0
     saver = Checkpointer(PLACE, 1, ShardStore(settings), tmp_path)
+    with pytest.raises(DataError, match="could not be read in 1 tries"):
+        saver.newest()
+    # One that goes away in between does not make a checkpoint damaged.
+    there = ShardStore(storage(address))
+    (first, *_) = finished_in(PLACE, there)
+    manifest = first.manifest()
+    with pytest.raises(DataError, match="could not be read in 1 tries"):
+        Stored(first.location, ShardStore(settings)).damage(manifest)
     model = torch.nn.Linear(4, 3)
     saver.save(model, torch.optim.AdamW(model.parameters()), {}, Saved(step=1))
     with pytest.raises(SaveError, match=r"s3://models/.* cannot be written: ") as caught:
