@@ -67,7 +67,7 @@ def build(model: str, pairs: int) -> TrainStep:
     layout = "fsdp" if world_size() > 1 else "ddp"
     config, _ = compose([f"model={model}", f"parallel={layout}", f"global_batch_size={pairs * world_size()}"])
     runtime = Runtime(rank(), world_size(), rank(), torch.device("cpu"))
-    laid_out = parallelize(build_model(config.model), config.parallel, runtime.device)
+    laid_out = parallelize(build_model(config.model), config.parallel, runtime.device, config.precision.name)
     optimizer = build_optimizer(laid_out.model, config.optim)
     scaler = build_scaler(config.precision.name, runtime.device)
     return TrainStep(config, runtime, laid_out, Objective(config), optimizer, scaler, Ema(laid_out.model, 0.999))

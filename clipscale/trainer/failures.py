@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from clipscale.config import Config
+from clipscale.distributed.runtime import restarts_left
 from clipscale.errors import ClipscaleError, DiskFullError, LostPeerError, OutOfMemoryError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -30,10 +31,8 @@ def in_one_line(error: BaseException, config: Config, path: Path) -> ClipscaleEr
             "from the last checkpoint"
         )
     if isinstance(error, dist.DistError | RuntimeError) and any(sign in first for sign in COLLECTIVE):
-        return LostPeerError(
-            f"another rank is gone or does not answer ({first}); see {path}/logs; the same command goes on from the "
-            "last checkpoint"
-        )
+        then = "all ranks start again" if restarts_left() else "the same command goes on from the last checkpoint"
+        return LostPeerError(f"another rank is gone or does not answer ({first}); see {path}/logs; {then}")
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,3 +110,17 @@ def test_many_faults(truth: tuple[list[str], Victim], tmp_path: Path) -> None:
     """CLIPSCALE_CHAOS_TABLE names a table that is gone on with."""
     table = Path(os.environ.get("CLIPSCALE_CHAOS_TABLE", tmp_path / "table.jsonl"))
     campaign(*truth, draw_faults(int(os.environ.get("CLIPSCALE_CHAOS_SEED", 0)), 54), table)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_once_too_often_is_named(truth: tuple[list[str], Victim]) -> None:
+    arguments, undisturbed = truth
+    victim = Victim(undisturbed.path.with_name("once"), [*arguments, "cluster.max_restarts=0"], [])
+    victim.start(2)
+    victim.wait_for(lambda: victim.step() > 3)
+    os.kill(victim.ranks()[1], signal.SIGKILL)
+    assert victim.ended() == 1
+    assert "error: rank 1 was ended by SIGKILL; see " in victim.said[-1] and "Traceback" not in victim.said[-1]
+    assert json.loads((victim.path / "result.json").read_text())["error"] == "rank 1 was ended by SIGKILL"
+    victim.start(1)
+    assert victim.ended() == 0
