@@ -84,6 +84,39 @@ def interpolate_command(
     interpolate(first, second, alpha, out, classes, device)
 
 
+checkpoint_app = typer.Typer(name="checkpoint", help="List, verify and average checkpoints.", no_args_is_help=True)
+app.add_typer(checkpoint_app)
+Where = Annotated[str, typer.Argument(help="A run, a checkpoint, or a URL of either: s3://BUCKET/PREFIX/NAME.")]
+StorageKeys = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="storage.… keys.")]
+
+
+@checkpoint_app.command("ls")
+def checkpoint_ls_command(where: Where, overrides: StorageKeys = None) -> None:
+    """List the checkpoints of a run: samples seen, size, and whether they are finished, best, kept or pinned."""
+    from clipscale.apps.checkpoints import list_checkpoints
+
+    list_checkpoints(where, overrides or [])
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify_command(where: Where, overrides: StorageKeys = None) -> None:
+    """Hold every byte of a checkpoint, or of all of a run, against its checksums; exit code 2 if one is damaged."""
+    from clipscale.apps.checkpoints import verify
+
+    verify(where, overrides or [])
+
+
+@checkpoint_app.command("average")
+def checkpoint_average_command(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints, or runs, whose newest counts.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; it must be new or empty.")],
+) -> None:
+    """Write the mean of the weights of several checkpoints, for eval, export, load and init.weights."""
+    from clipscale.apps.checkpoints import average
+
+    average(checkpoints, out)
+
+
 @app.command("version")
 def version_command() -> None:
     """Print the version."""
@@ -138,6 +171,7 @@ def _is_override(argument: str) -> bool:
 def start(config: Config, experiment: str, overrides: list[str]) -> tuple[int, float | None]:
     """Open the run's directory and train it. Returns the exit code and the objective."""
     from clipscale.config.rundir import open_run, read_result
+    from clipscale.train import recorded_config
 
     cluster = config.cluster
     if cluster.nodes > 1 or cluster.scheduler.value != "none":
@@ -146,7 +180,7 @@ def start(config: Config, experiment: str, overrides: list[str]) -> tuple[int, f
             "processes of one machine; use launch/slurm.sbatch, or launch/torchrun.sh on every node, with these "
             "overrides"
         )
-    run = open_run(config, experiment, overrides, cluster.processes_per_node)
+    run = open_run(config, experiment, overrides, cluster.processes_per_node, recorded_config)
     if cluster.processes_per_node > 1:
         from clipscale.launch.local import launch
 

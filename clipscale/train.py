@@ -81,7 +81,14 @@ def train(config: Config, path: Path, store: Any = None) -> ExitCode:
         distributed.stand_by(store)
         return ExitCode.DONE
     held = lock(path) if rank == 0 else None
-    runtime = distributed.start(config.device.value, config.distributed.timeout_s, store, spares=world - usable)
+    runtime = distributed.start(
+        config.device.value,
+        config.distributed.timeout_s,
+        store,
+        spares=world - usable,
+        sharded=config.parallel.strategy.shards,
+        on_host=config.parallel.cpu_offload,
+    )
     _log_to(path / "logs" / f"rank{runtime.rank}.log")
     if runtime.is_main:
         if distributed.restarts_may_fail():
@@ -104,13 +111,21 @@ def train(config: Config, path: Path, store: Any = None) -> ExitCode:
 
 def _open(overrides: list[str]) -> Path:
     config, experiment = compose(overrides)
-    return open_run(config, experiment, overrides, int(os.environ.get("WORLD_SIZE", 1))).path
+    return open_run(config, experiment, overrides, int(os.environ.get("WORLD_SIZE", 1)), recorded_config).path
+
+
+def recorded_config(config: Config) -> bytes | None:
+    """The configuration that lies with the checkpoints of a run, as its first machine wrote it; None if none does."""
+    from clipscale.checkpoint import places  # slow to import
+
+    return places.recorded_config(config)
 
 
 def _shared_path(store: Any, overrides: list[str]) -> Path:
     def make() -> str:
         try:
-            return str(_open(overrides).absolute())
+            path = _open(overrides).absolute()
+            return f"{path}\n{(path / 'config.yaml').read_text()}"
         except ClipscaleError as error:
             return f"error: {error}"
 
@@ -119,7 +134,14 @@ def _shared_path(store: Any, overrides: list[str]) -> Path:
         if os.environ["RANK"] != "0":
             raise SystemExit(ExitCode.USER_ERROR)
         raise ClipscaleError(answer.removeprefix("error: "))
-    return Path(answer)
+    place, _, text = answer.partition("\n")
+    path = Path(place)
+    if not (path / "config.yaml").exists():  # another machine's directory
+        (path / "logs").mkdir(parents=True, exist_ok=True)
+        scratch = path / f"config.{os.getpid()}.tmp"
+        scratch.write_text(text)
+        scratch.replace(path / "config.yaml")
+    return path
 
 
 def _report(path: Path | None, error: BaseException, code: ExitCode) -> ExitCode:

@@ -150,7 +150,7 @@ A dual encoder of images and texts, {model_summary(config.model)}, trained with 
 
 ## Data
 
-{_data(config)}
+{_data(config) if _of_a_run(path) else "Not recorded."}
 
 ## Results
 
@@ -179,22 +179,30 @@ def head_summary(config: Config) -> str:
 
 
 def _training(path: Path, config: Config) -> dict[str, Any]:
-    seen = local(path).manifest().saved.samples_seen if (path / MANIFEST).exists() else "not recorded"
-    return {
-        "samples seen": seen,
-        "global batch size": config.global_batch_size,
+    model = {
         "loss": config.loss.name.value,
-        "optimizer": f"AdamW, lr {config.optim.lr}, weight decay {config.optim.weight_decay}, "
-        f"betas {config.optim.beta1} and {config.optim.beta2}",
-        "schedule": f"{config.schedule.name.value}, warmup over {config.schedule.warmup_samples} samples",
-        "precision": config.precision.name.value,
         "activation": config.model.activation.value,
         "image mean and std": f"{config.model.mean} and {config.model.std}",
         "text tower": "clipscale's transformer" if config.model.text.hf is None else shareable(config.model.text.hf),
         "tokenizer": shareable_name(config.tokenizer.name),
+    }
+    if not _of_a_run(path):
+        return model | {"all else": "not recorded"}
+    return model | {
+        "samples seen": local(path).manifest().saved.samples_seen,
+        "global batch size": config.global_batch_size,
+        "optimizer": f"AdamW, lr {config.optim.lr}, weight decay {config.optim.weight_decay}, "
+        f"betas {config.optim.beta1} and {config.optim.beta2}",
+        "schedule": f"{config.schedule.name.value}, warmup over {config.schedule.warmup_samples} samples",
+        "precision": config.precision.name.value,
         "started from": "scratch" if config.init.weights is None else _start(config.init.weights),
         "seed": config.seed,
     }
+
+
+def _of_a_run(path: Path) -> bool:
+    """Whether ``path`` is a checkpoint of training; the configuration beside exported weights holds the model alone."""
+    return (path / MANIFEST).exists()
 
 
 def _start(weights: str) -> str:
@@ -215,7 +223,7 @@ def _data(config: Config) -> str:
 
 def _results(path: Path) -> str:
     result = read_result(path.parent.parent) or {}
-    if not (path / MANIFEST).exists() or result.get("samples_seen") != local(path).manifest().saved.samples_seen:
+    if not _of_a_run(path) or result.get("samples_seen") != local(path).manifest().saved.samples_seen:
         return "None were recorded of these weights."  # the run went on from here
     metrics = {key: f"{value:.4g}" for key, value in result.get("metrics", {}).items() if key.startswith("val/")}
     return _table(metrics, "metric", "value") if metrics else "None were recorded of these weights."

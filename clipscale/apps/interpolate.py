@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from clipscale.apps.export import LIBRARIES, LOADING, head_summary
 from clipscale.checkpoint.export import write_safetensors
 from clipscale.checkpoint.interop import State
 from clipscale.checkpoint.loading import copy_tokenizer, find_checkpoint, load_tokenizer
-from clipscale.checkpoint.pretrained import BIAS, HEAD, load_pretrained, read_pretrained
+from clipscale.checkpoint.pretrained import BIAS, HEAD, Pretrained, load_pretrained, read_pretrained
 from clipscale.config import Config
 from clipscale.data.io import resolve
-from clipscale.data.tokenizer import Tokenizer
+from clipscale.data.tokenizer import Tokenizer, shareable_name
 from clipscale.distributed.runtime import start
 from clipscale.errors import ClipscaleError, ConfigError
 from clipscale.evals import Classes
@@ -57,13 +57,11 @@ def interpolate(first: str, second: str, alphas: Sequence[float], out: Path, cla
     known = [end for end in ends if isinstance(end, _Own)]
     if not known:
         raise ConfigError(f"neither {first} nor {second} is clipscale's; train, or evaluate, from one of them first")
-    tokenizers = {end.where: load_tokenizer(end.checkpoint, end.config) for end in known}
-    _check_tokenizers(tokenizers)
     # That of the classifier, or else of the second: what it was trained to is what is kept of the configuration.
     kept = ([end for end in known if end.config.model.classes is not None] or known)[-1]
     config = kept.config
     model = build_model(config.model, logit_bias=config.loss.first_bias)
-    middle = _Middle(model, config, tokenizers[kept.where], classes, device)
+    middle = _Middle(model, config, load_tokenizer(kept.checkpoint, config), classes, device)
     one, other = (middle.read(end) for end in ends)
     for alpha, name in zip(alphas, names, strict=True):
         place = out if len(alphas) == 1 else out / name
@@ -92,14 +90,6 @@ def _between(one: torch.Tensor, other: torch.Tensor, alpha: float) -> torch.Tens
     return torch.lerp(one, other, alpha)
 
 
-def _check_tokenizers(tokenizers: Mapping[str, Tokenizer]) -> None:
-    (where, first), *_, (other, last) = [*tokenizers.items()] * 2  # of both ends, or of one
-    if (first.name, first.vocab_size) != (last.name, last.vocab_size):
-        raise ConfigError(
-            f"{where} reads the tokens of {first.name}, {other} those of {last.name}: nothing lies between them"
-        )
-
-
 @dataclass(frozen=True)
 class _Middle:
     """What lies between the ends: a model, whose weights are read from either."""
@@ -118,7 +108,9 @@ class _Middle:
             # Of a classifier, it is the same for all classes, and so none.
             if (BIAS in found.state) != (BIAS in model.state_dict()) and not isinstance(model, Classifier):
                 raise ClipscaleError(f"{where}: one end has a bias on its logits, and the other has none")
-            load_pretrained(model, found)
+            self._check_reading(end, found)
+            for change in load_pretrained(model, found):
+                raise ClipscaleError(f"{where} has another shape than the other end: {change}")
             # What training would start without, or take from elsewhere, would here be the other end's, or a random one.
             for name in model.state_dict():
                 if name not in found.state and name != BIAS and not name.startswith(HEAD):
@@ -128,6 +120,17 @@ class _Middle:
         if isinstance(model, Classifier):
             self._read_head(model, end, found.state)
         return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def _check_reading(self, end: _End, found: Pretrained) -> None:
+        """Raise ConfigError where the two read other tokens, or see other parts of a picture."""
+        theirs, mine = found.tokenizer, self.config.model.vision.resize_mode
+        if theirs is not None and not theirs.reads_as(self.tokenizer):
+            raise ConfigError(
+                f"{end.where} reads the tokens of {theirs.name}, the other end those of {self.tokenizer.name}: nothing "
+                "lies between them"
+            )
+        if isinstance(end, _Own) and (its := end.config.model.vision.resize_mode) is not mine:
+            raise ConfigError(f"{end.where} sees pictures resized by {its.value}, the other end by {mine.value}")
 
     def _read_head(self, model: Classifier, end: _End, state: State) -> None:
         """The head of a classifier, or the one that the towers of another model have without training."""
@@ -160,4 +163,4 @@ def _card(config: Config, alpha: float, first: str, second: str, out: Path) -> s
 
 
 def _named(where: str) -> str:
-    return where if where.startswith(LIBRARIES) else Path(where).resolve().name
+    return shareable_name(where) if where.startswith(LIBRARIES) else Path(where).resolve().name

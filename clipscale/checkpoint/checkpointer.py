@@ -7,13 +7,14 @@ all ranks have written, rank 0 writes the manifest: without it there is no check
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,12 +25,12 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from clipscale.checkpoint.manifest import MANIFEST, DamagedError, Manifest, Saved, Stored, read_manifest
-from clipscale.checkpoint.places import checkpoints_in, finished_in
+from clipscale.checkpoint.places import checkpoints_in, finished_at, finished_in, superseded
 from clipscale.checkpoint.reading import Reader, SafePlanner
 from clipscale.checkpoint.staging import Staging
 from clipscale.checkpoint.writing import write
 from clipscale.config.data import Storage
-from clipscale.data.io import ShardStore
+from clipscale.data.io import ShardStore, parent
 from clipscale.distributed.collectives import Group, rank, world_size
 from clipscale.errors import ClipscaleError, DataError, SaveError
 
@@ -69,7 +70,18 @@ class Checkpointer:
 
         Every rank verifies a share of the files. Raises ClipscaleError when there are checkpoints and all are damaged.
         """
-        return self._whole(_from_first(lambda: finished_in(self._place, self._store)))
+        found = self._whole(_from_first(lambda: finished_in(self._place, self._store)))
+        if rank() == 0 and found is not None:
+            for name in self.damaged:
+                self._set_aside(Stored(f"{self._place}/{name}", self._store))
+        return found
+
+    def elsewhere(self, where: str) -> Stored:
+        """As :meth:`newest`, of another run, or the checkpoint that ``where`` is. Raises ClipscaleError for none."""
+        found = self._whole(_from_first(lambda: finished_at(where, self._store)))
+        if found is None:
+            raise ClipscaleError(f"checkpoint.resume_from={where} is neither a finished checkpoint nor a run with one")
+        return found
 
     def before(self, step: int) -> Stored | None:
         """As :meth:`newest`, of those that were saved at ``step`` or before it, or else the oldest of all.
@@ -95,16 +107,13 @@ class Checkpointer:
         self.damaged = {}
         for stored in found:
             if not (problem := self._damage(stored)):
-                if rank() == 0:
-                    for other in found[: len(self.damaged)]:
-                        self._set_aside(other)
                 return stored
             self.damaged[stored.name] = problem
         if found:
             listed = "; ".join(f"{name}: {problem}" for name, problem in self.damaged.items())
             raise ClipscaleError(
-                f"no checkpoint in {self._place} is whole ({listed}); put one back from a copy, or remove them "
-                "to start from the beginning; they must be seen by all nodes, see checkpoint.dir"
+                f"no checkpoint is whole in {parent(found[0].location)} ({listed}); put one back from a copy, or "
+                "remove them to start from the beginning; they must be seen by all nodes, see checkpoint.dir"
             )
         return None
 
@@ -154,8 +163,9 @@ class Checkpointer:
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")  # for good: it is a thread's
         stored = Stored(f"{self._place}/step_{saved.step:08d}", self._store)
-        then = replace(saved)
-        self._save = _Background(lambda: write(stored, self._scratch, state, then, self._group, self._retire))
+        now, group = copy.deepcopy(saved), self._group
+        retire = partial(self._retire, now)
+        self._save = _Background(lambda: write(stored, self._scratch, state, now, group, retire))
 
     def wait(self) -> None:
         """Wait until the save that is under way has ended. Raises SaveError, on all ranks, when it failed."""
@@ -173,15 +183,13 @@ class Checkpointer:
             return str(error)
         return ""
 
-    def _retire(self) -> None:
+    def _retire(self, newest: Saved) -> None:
         """Remove what is not to be kept, now that a newer one is finished. Main rank only."""
-        kept = {stored.name for stored in finished_in(self._place, self._store)[: self._keep_last]}
-        for old in checkpoints_in(self._place, self._store):
-            if old.name not in kept:
-                try:
-                    self._forget(old)
-                except DataError as error:
-                    log.warning("an old checkpoint stays: %s", error)
+        try:
+            for old in superseded(self._place, self._store, self._keep_last, newest):
+                self._forget(old)
+        except DataError as error:  # the new one is there all the same
+            log.warning("an old checkpoint stays: %s", error)
 
     def restore(
         self, stored: Stored, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, torch.Tensor]

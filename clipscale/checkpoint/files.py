@@ -80,14 +80,16 @@ def read_file(path: Path) -> State:
             f"{path.name} is no file of tensors alone; a pickle of anything else could run code and is not read; save "
             "its state dict"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # what torch raises of damaged files has no end: KeyError, IndexError, struct.error …
         if "TorchScript" in str(error):
             raise ClipscaleError(
                 f"{path.name} is a TorchScript archive; save its weights first: "
                 f"torch.save(torch.jit.load('{path.name}').state_dict(), 'weights.pt')"
             ) from None
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise ClipscaleError(f"{path.name} cannot be read: {first}") from None
+        first = str(error).splitlines()[0] if isinstance(error, SafetensorError | OSError | RuntimeError) else ""
+        raise ClipscaleError(
+            f"{path.name} cannot be read: {first or 'it is damaged, or neither safetensors nor of torch.save'}"
+        ) from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]  # a checkpoint of open_clip's training
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor | int) for value in content.values()):

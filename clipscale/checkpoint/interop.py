@@ -270,7 +270,10 @@ def _rename(state: Mapping[str, torch.Tensor], pairs: Sequence[_Pair], *, to_our
         if found is None:
             strange.append(name)
         else:
-            renamed[found[0]] = _SHAPES[found[1]][0 if to_ours else 1](tensor)
+            try:
+                renamed[found[0]] = _SHAPES[found[1]][0 if to_ours else 1](tensor)
+            except (RuntimeError, IndexError):
+                raise ClipscaleError(f"{name} has the shape {list(tensor.shape)}, which no CLIP has") from None
     if strange:
         where = "clipscale's towers" if to_ours else "that format"
         raise ClipscaleError(

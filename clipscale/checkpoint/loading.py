@@ -13,14 +13,16 @@ from PIL import Image
 from clipscale.checkpoint.checkpointer import read_tensors
 from clipscale.checkpoint.files import read_file
 from clipscale.checkpoint.manifest import MANIFEST
-from clipscale.checkpoint.places import finished_in, local
+from clipscale.checkpoint.places import CHECKPOINTS, fetch, finished_in, home, local
 from clipscale.config import Config, load_config
+from clipscale.data.io import REMOTE, ShardStore
 from clipscale.data.samples import preprocess
 from clipscale.data.tokenizer import Tokenizer, build_tokenizer
 from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP, build_model
 
 EXPORTED = "model.safetensors"  # beside config.yaml: weights under our own names
+FETCHED = "fetched"  # in a run's directory: copies of its remote checkpoints
 TOKENIZER = "tokenizer"  # beside config.yaml: a tokenizer that is not part of a library
 
 
@@ -93,10 +95,24 @@ def find_checkpoint(path: Path) -> tuple[Path, Config]:
         )
     if run == path and (path / EXPORTED).exists():
         return path, load_config(path / "config.yaml")
-    found = [path]
-    if run == path:
-        stored = finished_in(str(run / "checkpoints"), local(run).store)
-        found = [Path(one.location) for one in stored]
-    if not found or not (found[0] / MANIFEST).exists():
+    config = load_config(run / "config.yaml")
+    found = path if run != path else _newest_of(run, config)
+    if found is None or not (found / MANIFEST).exists():
         raise ClipscaleError(f"{path} has no finished checkpoint yet; train it first: clipscale train")
-    return found[0], load_config(run / "config.yaml")
+    return found, config
+
+
+def _newest_of(run: Path, config: Config) -> Path | None:
+    """The newest checkpoint of a run, wherever it keeps them; a remote one is copied into the run's directory."""
+    place = place_of(run, config)
+    found = finished_in(place, ShardStore(config.storage))
+    if found and place.startswith(REMOTE):
+        return fetch(found[0], run / FETCHED)
+    return Path(found[0].location) if found else None
+
+
+def place_of(run: Path, config: Config) -> str:
+    """The directory or remote prefix of a run's checkpoints; the run's directory may have been moved."""
+    if config.checkpoint.dir is None or (run / CHECKPOINTS).is_dir():
+        return str(run / CHECKPOINTS)
+    return f"{home(config)}/{CHECKPOINTS}"

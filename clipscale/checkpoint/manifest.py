@@ -40,6 +40,12 @@ class Saved:
     bad_reasons: dict[str, int] = field(default_factory=dict)
     truncated_captions: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
+    best_step: int = 0
+    """The step whose evaluation was the best so far by `checkpoint.best_metric`; 0 if none was made."""
+    best_value: float = 0.0
+    kept_at: int = 0
+    """Samples seen at the last checkpoint that is kept for good, which may be this one."""
+    wandb_id: str = ""
     skipped: list[list[list[int]]] = field(default_factory=list)
     """Stretches of the order that are passed over, ``[starts, stops]`` with a position of each canonical stream."""
     jump: list[int] = field(default_factory=list)

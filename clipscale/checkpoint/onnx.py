@@ -51,7 +51,8 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         tower, config = self.tower, self.tower.config
-        ends = find_lengths(ids, tower.eot_id)[:, None] - 1
+        lengths = find_lengths(ids, tower.eot_id)[:, None]
+        ends = (lengths - 1).clamp(min=0)
         real = torch.arange(ids.shape[1], device=ids.device) <= ends
         if config.pad_to_context:  # the caption sees what fills it
             ids = ids.where(real, config.pad_id)
@@ -67,7 +68,8 @@ class TextEncoder(nn.Module):
             x = (x * real[:, :, None]).sum(dim=1) / real.sum(dim=1, keepdim=True)
         else:
             x = x.gather(1, ends[:, :, None].expand(-1, 1, x.shape[2])).squeeze(1)
-        return F.normalize(tower.proj(x), dim=-1)
+        # A graph cannot refuse a row without an end as the model does: it has no features.
+        return F.normalize(tower.proj(x), dim=-1).masked_fill(lengths == 0, torch.nan)
 
     @staticmethod
     def _block(block: Any, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -29,7 +29,9 @@ def fit_positions(model: CLIP, state: State) -> list[str]:
     own, said = model.state_dict(), []
     for name, resize in _places(model):
         found = state.get(name)
-        if found is None or found.shape[-1] != own[name].shape[-1] or found.shape == own[name].shape:
+        if found is None or found.ndim != own[name].ndim or 0 in found.shape or found.shape[-1] != own[name].shape[-1]:
+            continue
+        if found.shape == own[name].shape:
             continue
         fitting = resize(found)
         if fitting is not None:

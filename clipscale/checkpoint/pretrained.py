@@ -65,8 +65,9 @@ def read_pretrained(where: str) -> Pretrained:
         if path.is_dir():
             return _directory(where, path)
         state = read_file(path)
-        of_openai = any(name in state for name in OPENAI_EXTRAS)
-        return Pretrained(where, _own_names(state), {"activation": Activation.quickgelu.value} if of_openai else {})
+        if any(name in state for name in OPENAI_EXTRAS):
+            return Pretrained(where, _own_names(state), {"activation": Activation.quickgelu.value}, _of_clip())
+        return Pretrained(where, _own_names(state))
     except ClipscaleError as error:
         raise ClipscaleError(f"init.weights={where}: {error}") from None
 
@@ -96,7 +97,9 @@ def load_pretrained(model: CLIP, found: Pretrained) -> list[str]:
     _check_shapes(model, state, found)
     _check_values(model, state, found)
     _check_told(model, found)
-    model.load_state_dict(state)
+    # A model without storage takes these tensors for its own; what it has no weights for is drawn later.
+    without = any(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict({name: state[name].to(own[name].dtype) for name in own}, assign=without)
     return resized
 
 
@@ -153,7 +156,7 @@ def _check_shapes(model: CLIP, state: State, found: Pretrained) -> None:
 
 def _check_values(model: CLIP, state: State, found: Pretrained) -> None:
     for name, own in model.state_dict().items():
-        if not own.is_floating_point():
+        if not own.is_floating_point() or state[name].is_meta:
             continue
         if not state[name].is_floating_point():
             kind = str(state[name].dtype).removeprefix("torch.")
@@ -230,7 +233,8 @@ def _open_clip(where: str) -> Pretrained:
         logging.disable(logging.NOTSET)
     config["quick_gelu"] = activation_of(name, tag) == Activation.quickgelu.value
     told = told_by_open_clip({"model_cfg": config, "preprocess_cfg": model.visual.preprocess_cfg})
-    return Pretrained(where, from_open_clip(model.state_dict()), told)
+    tokenizer = None if config["text_cfg"].get("hf_tokenizer_name") else _of_clip()
+    return Pretrained(where, from_open_clip(model.state_dict()), told, tokenizer)
 
 
 def _timm(where: str) -> Pretrained:
@@ -259,7 +263,7 @@ def _directory(where: str, path: Path) -> Pretrained:
             model_of_open_clip(config.get("model_cfg") or {})
             told = told_by_open_clip(config)
         tokenizer = _tokenizer_beside(path, config)
-        if tokenizer is not None:
+        if tokenizer is not None and not tokenizer.is_bpe:
             ids = {"text.eot_id": tokenizer.eot_id}
             told = ids | ({"text.pad_id": tokenizer.pad_id} if told["text.pad_to_context"] else {}) | told
         return Pretrained(where, from_open_clip(read_weights(path, "open_clip_")), told, tokenizer)
@@ -272,17 +276,24 @@ def _directory(where: str, path: Path) -> Pretrained:
             with well_formed(HF_IMAGES):
                 found = {key: of_channels(images.get(f"image_{key}")) for key in ("mean", "std")}
             told |= {key: value for key, value in found.items() if value is not None}
-        return Pretrained(where, from_hf(read_weights(path, "")), told)
+        of_clip = config.get("model_type") == "clip" and told["text.eot_id"] == _of_clip().eot_id
+        return Pretrained(where, from_hf(read_weights(path, "")), told, _of_clip() if of_clip else None)
     model, trained = load_model(path)
     return Pretrained(where, model.state_dict(), tell(model), load_tokenizer(find_checkpoint(path)[0], trained))
 
 
 def _tokenizer_beside(path: Path, config: Mapping[str, Any]) -> Tokenizer | None:
-    """The tokenizer in an exported directory of open_clip, if it is not CLIP's."""
+    """The tokenizer of an exported directory of open_clip; None for one that is named and not there."""
     text = config["model_cfg"]["text_cfg"]
-    if not text.get("hf_tokenizer_name") or not (path / "tokenizer_config.json").exists():
+    if not text.get("hf_tokenizer_name"):
+        return _of_clip()
+    if not (path / "tokenizer_config.json").exists():
         return None
     return Tokenizer(f"{HF}{path}", text.get("context_length", 77))
+
+
+def _of_clip() -> Tokenizer:
+    return Tokenizer("clip", 77)
 
 
 def _own_names(state: State) -> State:

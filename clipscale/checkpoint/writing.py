@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from clipscale.checkpoint.manifest import MANIFEST, FileSum, Manifest, Saved, St
 from clipscale.checkpoint.reading import METADATA
 from clipscale.data.io import REMOTE
 from clipscale.distributed.collectives import Group, rank, world_size
-from clipscale.errors import ClipscaleError, SaveError
+from clipscale.errors import ClipscaleError, DataError, SaveError
 
 T = TypeVar("T")
 
@@ -48,7 +48,8 @@ def write(
             _together(group, lambda: _commit(stored, saved, parts) if rank(group) == 0 else None)
     except SaveError:
         if rank(group) == 0:
-            stored.store.remove(stored.location)  # on a full disk it would be in the way of the next
+            with suppress(DataError):  # of a store that is gone, too
+                stored.store.remove(stored.location)  # on a full disk it would be in the way of the next
         raise
     else:
         if rank(group) == 0:

@@ -48,6 +48,7 @@ class PrecisionName(Enum):
     fp32 = "fp32"
     amp_bf16 = "amp_bf16"
     amp_fp16 = "amp_fp16"
+    bf16 = "bf16"
 
 
 @dataclass
@@ -187,7 +188,8 @@ class Precision:
     """Arithmetic of the towers."""
 
     name: PrecisionName = event(PrecisionName.fp32)
-    """fp32, or autocast to bf16 / fp16 (the latter with a gradient scaler)."""
+    """fp32; autocast to bf16 / fp16 (`amp_bf16`, `amp_fp16`, the latter with a gradient scaler); or `bf16`, all of the
+    towers in bf16 over shards of fp32 (`parallel=fsdp` and `hsdp` only)."""
 
 
 @dataclass

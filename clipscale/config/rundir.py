@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -30,8 +30,16 @@ class Run:
     """Event keys that differ from the recorded configuration, as ``(before, now)``."""
 
 
-def open_run(config: Config, experiment: str, overrides: Sequence[str], world: int = 1) -> Run:
+def open_run(
+    config: Config,
+    experiment: str,
+    overrides: Sequence[str],
+    world: int = 1,
+    elsewhere: Callable[[Config], bytes | None] = lambda config: None,
+) -> Run:
     """Create the run's directory, or join it if it exists, and record the configuration; ``world`` processes begin it.
+
+    ``elsewhere`` finds the configuration of a run that has begun on another machine.
 
     Raises ConfigError when the configuration cannot be run, when a fixed key differs from what the directory records,
     or when it cannot be written.
@@ -41,7 +49,7 @@ def open_run(config: Config, experiment: str, overrides: Sequence[str], world: i
             "model.classes is recorded by loss=cross_entropy, from data.zeroshot.classes=FILE.json; leave "
             "model.classes out"
         )
-    validate(config)
+    validate(config, world)
     if config.name is None:
         config.name = f"{experiment}-{identity(config)}"
     run = Run(Path(config.runs_dir, config.name), config)
@@ -51,9 +59,13 @@ def open_run(config: Config, experiment: str, overrides: Sequence[str], world: i
         (run.path / "result.json").unlink(missing_ok=True)  # of an attempt before this one
     if recorded.exists() and count_events(run.path, "started"):  # one that never began may be corrected freely
         _join(run, load_config(recorded))
+    elif config.checkpoint.dir is not None and (text := elsewhere(config)) is not None:
+        run.path.mkdir(parents=True, exist_ok=True)
+        recorded.write_bytes(text)
+        _join(run, load_config(recorded))
     else:
         config.data.streams = config.data.streams or default_streams(config.global_batch_size, world)
-    validate(config)
+    validate(config, world)
     try:
         (run.path / "logs").mkdir(parents=True, exist_ok=True)
         save_config(config, recorded)

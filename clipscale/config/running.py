@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from clipscale.config.fields import free
+from clipscale.config.fields import event, free
+
+RECOMPUTED = ("none", "selective", "full")
+"""What `parallel.activation_checkpointing` may say beside a number of blocks."""
 
 
 class Strategy(Enum):
@@ -14,6 +17,12 @@ class Strategy(Enum):
 
     ddp = "ddp"
     fsdp = "fsdp"
+    hsdp = "hsdp"
+
+    @property
+    def shards(self) -> bool:
+        """Whether a process holds parts of the parameters only."""
+        return self is not Strategy.ddp
 
 
 class Scheduler(Enum):
@@ -38,12 +47,21 @@ class Parallel:
     """How the model is laid out over the ranks."""
 
     strategy: Strategy = free(Strategy.ddp)
-    """`ddp` replicates; `fsdp` shards parameters, gradients and optimizer state (FSDP2, a unit per block)."""
+    """`ddp` replicates; `fsdp` shards parameters, gradients and optimizer state over all processes (FSDP2, a unit per
+    block); `hsdp` shards them within groups of `shard_size` processes, each of which holds a copy."""
+    shard_size: int | None = free(None)
+    """Processes that share a copy of the model under `hsdp`; null: those of one node."""
     activation_checkpointing: Any = free("none")
-    """`none`, or `full`: recompute every block in the backward pass instead of keeping its activations."""
+    """What the backward pass computes again instead of keeping it: `none`, a number of blocks (the first ones of each
+    tower), `full` (all blocks), or `selective` (all blocks, but for attention and the products that widen)."""
     compile: bool = free(False)
     """torch.compile each block of the vision tower, and on GPUs of the text tower, whose batches are then filled up to
     a multiple of 256 tokens; it pays on GPUs, and needs a C++ compiler on CPUs."""
+    cpu_offload: bool = free(False)
+    """Keep the shards of `fsdp` and `hsdp`, their gradients and the optimizer's state in the host's memory: room on the
+    GPU, for much slower steps."""
+    bf16_reduce: bool = event(False)
+    """`ddp` sends gradients as bf16, half as many bytes, and rounds each to 8 bits on its way."""
 
 
 @dataclass
@@ -76,9 +94,23 @@ class Checkpoint:
     """When the run is saved, and what is kept."""
 
     every_samples: int | None = free(1_000_000)
-    """Save at the first step at or past each multiple of this many samples; null or 0 saves only at the end."""
+    """Save at the first step at or past each multiple of this many samples; null or 0: not by samples. The end of a run
+    is saved in any case."""
+    every_minutes: float | None = free(None)
+    """Save when so many minutes have passed since the last save; null or 0: not by time."""
     keep_last: int = free(2)
-    """Number of newest checkpoints kept."""
+    """Number of newest checkpoints kept. One that holds a file named `PINNED` is never removed."""
+    keep_every_samples: int | None = free(None)
+    """Keep for good the first checkpoint at or past each multiple of this many samples; null or 0 keeps none."""
+    best_metric: str | None = free(None)
+    """Keep the checkpoint that is best by this metric of the evaluations, e.g. `val/zeroshot/top1`, and save where it
+    is best; of a metric whose name ends in `loss` the lowest is, of others the highest. null: none."""
+    dir: str | None = free(None)
+    """Directory or URL (`s3://BUCKET/PREFIX`, `gs://…`, `az://…`) below which, by the run's name, its checkpoints lie,
+    with its configuration; `storage.*` says how it is reached. null: in the run's own directory."""
+    resume_from: str | None = free(None)
+    """A checkpoint or run, of any location, that a run without a checkpoint goes on from as if it were its own:
+    weights, optimizer, averages, counters and place in the data."""
 
 
 @dataclass

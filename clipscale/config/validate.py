@@ -8,7 +8,8 @@ from typing import Any
 
 from clipscale.config.data import Builtin, Data
 from clipscale.config.model import HeadStart, ImageProjection, Text
-from clipscale.config.optim import Loss, LossName
+from clipscale.config.optim import Loss, LossName, PrecisionName
+from clipscale.config.running import RECOMPUTED, Strategy
 from clipscale.config.schema import Config
 from clipscale.errors import ConfigError
 
@@ -30,10 +31,14 @@ def usable_processes(streams: int, world: int) -> int:
     return next(count for count in range(min(world, streams), 0, -1) if streams % count == 0)
 
 
-def validate(config: Config) -> None:
-    """Check that this configuration can be run. Raises ConfigError that lists all that is wrong."""
-    checks = (_sizes, _batch, _microbatches, _data, _text, _loss, _training, _lock, _classifier)
+def validate(config: Config, world: int | None = None) -> None:
+    """Check that this configuration can be run, by ``world`` processes, or those that the cluster has.
+
+    Raises ConfigError that lists all that is wrong.
+    """
+    checks = (_sizes, _batch, _checkpoint, _microbatches, _data, _text, _loss, _training, _lock, _classifier)
     found = [mistake for check in checks for mistake in check(config)]
+    found += _parallel(config, world or config.cluster.nodes * config.cluster.processes_per_node)
     if len(found) == 1:
         raise ConfigError(found[0])
     if found:
@@ -69,10 +74,17 @@ def _sizes(config: Config) -> Iterator[str]:
         model__text__layers=config.model.text.layers,
         model__text__vocab_size=config.model.text.vocab_size,
         model__text__norm_eps=config.model.text.norm_eps,
+        model__text__mlp_ratio=config.model.text.mlp_ratio,
     )
     vision = config.model.vision
     given = {"patch_size": vision.patch_size, "width": vision.width, "layers": vision.layers}
     yield from _positive(**{f"model__vision__{key}": value for key, value in given.items() if value is not None})
+    if vision.patch_size and vision.patch_size > 0 and vision.image_size % vision.patch_size:
+        least = max(1, vision.image_size // vision.patch_size) * vision.patch_size
+        yield (
+            f"model.vision.image_size={vision.image_size} is no multiple of model.vision.patch_size="
+            f"{vision.patch_size}; use model.vision.image_size={least}"
+        )
     if config.init.weights == "":
         yield "init.weights is to be given: init.weights=RUN, or open_clip:NAME/TAG; null starts from the seed alone"
     if config.name == "":
@@ -87,6 +99,20 @@ def _sizes(config: Config) -> Iterator[str]:
         yield f"data.workers={config.data.workers} must be 0 or more"
     if config.data.window is not None and config.data.window < 1:
         yield f"data.window={config.data.window} must be 1 or more; null chooses it"
+
+
+def _checkpoint(config: Config) -> Iterator[str]:
+    given = config.checkpoint
+    for key in ("every_samples", "every_minutes", "keep_every_samples"):
+        if (getattr(given, key) or 0) < 0:
+            yield f"checkpoint.{key}={getattr(given, key)} must be above 0; null turns it off"
+    for key in ("dir", "resume_from", "best_metric"):
+        if getattr(given, key) == "":
+            yield f"checkpoint.{key}='' names nothing; null turns it off"
+    if given.dir is not None and "://" in given.dir and not given.dir.startswith(("s3://", "gs://", "az://")):
+        yield f"checkpoint.dir={given.dir} cannot be written to; use a directory, s3://…, gs://… or az://…"
+    if given.best_metric is not None and not given.best_metric.startswith("val/"):
+        yield f"checkpoint.best_metric={given.best_metric} is no metric of an evaluation, e.g. val/zeroshot/top1"
 
 
 def _batch(config: Config) -> Iterator[str]:
@@ -216,8 +242,6 @@ def _training(config: Config) -> Iterator[str]:
             f"schedule.warmup_samples={config.schedule.warmup_samples} is not below total_samples="
             f"{config.total_samples}; use schedule.warmup_samples={config.total_samples // 10}"
         )
-    if config.parallel.activation_checkpointing not in ("none", "full"):
-        yield (f"parallel.activation_checkpointing={config.parallel.activation_checkpointing}: choose none or full")
     if config.ema.decay is not None and not 0 < config.ema.decay < 1:
         yield f"ema.decay={config.ema.decay} must lie between 0 and 1, e.g. ema.decay=0.999; null turns it off"
     spike = config.divergence.spike_factor
@@ -268,6 +292,31 @@ def _training(config: Config) -> Iterator[str]:
             f"model.text.pad_id={config.model.text.pad_id} is no token: model.text.vocab_size="
             f"{config.model.text.vocab_size}"
         )
+
+
+def _parallel(config: Config, world: int) -> Iterator[str]:
+    parallel, precision, again = config.parallel, config.precision.name, config.parallel.activation_checkpointing
+    strategy = parallel.strategy.value
+    if again not in RECOMPUTED and (type(again) is not int or again < 1):
+        yield f"parallel.activation_checkpointing={again}: choose {', '.join(RECOMPUTED)} or a number of blocks"
+    if parallel.shard_size is not None and parallel.strategy is not Strategy.hsdp:
+        yield f"parallel.shard_size={parallel.shard_size} has no effect without parallel.strategy=hsdp"
+    elif parallel.shard_size is not None and (parallel.shard_size < 1 or world % parallel.shard_size):
+        yield (
+            f"parallel.shard_size={parallel.shard_size} does not divide the {world} processes that cluster.nodes and "
+            "cluster.processes_per_node make; null is those of a node"
+        )
+    if precision is PrecisionName.bf16 and not parallel.strategy.shards:
+        yield (
+            f"precision.name=bf16 computes in bf16 over fp32 shards, and parallel.strategy={strategy} has none; use "
+            "precision=amp_bf16, or parallel=fsdp or hsdp"
+        )
+    if parallel.cpu_offload and not parallel.strategy.shards:
+        yield f"parallel.cpu_offload=true: {strategy} has no shards to keep on the host; use parallel=fsdp or hsdp"
+    if parallel.cpu_offload and precision is PrecisionName.amp_fp16:
+        yield "parallel.cpu_offload=true: amp_fp16's gradient scaler wants gradients on the GPU; use precision=amp_bf16"
+    if parallel.bf16_reduce and parallel.strategy.shards:
+        yield f"parallel.bf16_reduce=true: parallel.strategy={strategy} reduces in fp32; only ddp has the choice"
 
 
 def _lock(config: Config) -> Iterator[str]:

@@ -65,6 +65,8 @@ class Tokenizer:
         """
         if self.is_bpe:
             ids = [self._impl.sot_token_id, *self._bpe(caption), self.eot_id]
+            # Where "<end_of_text>" is written out, the caption ends, as open_clip's towers have it.
+            ids = ids[: ids.index(self.eot_id) + 1]
         else:
             # Text that reads like a special token is text: a caption must not end in its middle.
             ids = self._impl.tokenizer(self._clean(caption), split_special_tokens=True, verbose=False)["input_ids"]

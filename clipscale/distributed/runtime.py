@@ -54,6 +54,11 @@ def restarts_may_fail() -> bool:
     return restarts_left() > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
+def processes_per_node() -> int:
+    """How many processes the launcher started on this node; without one, or where it does not say, all there are."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+
+
 def connect() -> dist.Store:
     """The store that torchrun's ranks share; usable before there is a process group."""
     store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
@@ -94,10 +99,19 @@ def release_spares(store: dist.Store) -> None:
         store.set(_of_this_attempt(SPARES), "1")
 
 
-def start(device: str, timeout_s: float, store: dist.Store | None = None, spares: int = 0) -> Runtime:
-    """Choose the device and, under torchrun, start the process group (nccl on CUDA, gloo elsewhere).
+def start(
+    device: str,
+    timeout_s: float,
+    store: dist.Store | None = None,
+    spares: int = 0,
+    *,
+    sharded: bool = False,
+    on_host: bool = False,
+) -> Runtime:
+    """Choose the device and start the process group (nccl on CUDA, gloo elsewhere), under torchrun or if ``sharded``.
 
-    The last ``spares`` of torchrun's processes do not take part.
+    The last ``spares`` of torchrun's processes do not take part. A process alone has a group of its own where its
+    weights are to be ``sharded``. Tensors that stay ``on_host`` beside those on CUDA are reduced by gloo.
 
     Raises ConfigError when CUDA is asked for and there is none.
     """
@@ -117,9 +131,11 @@ def start(device: str, timeout_s: float, store: dist.Store | None = None, spares
     if under_torchrun():
         for name, value in RECORDED.items():
             os.environ.setdefault(name, value)
+    if under_torchrun() or sharded:
+        backend = ("cpu:gloo,cuda:nccl" if on_host else "nccl") if use_cuda else "gloo"
         dist.init_process_group(
-            "nccl" if use_cuda else "gloo",
-            store=store or connect(),
+            backend,
+            store=store or (connect() if under_torchrun() else dist.HashStore()),
             rank=rank,
             world_size=world,
             timeout=timedelta(seconds=timeout_s),

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from clipscale.config import load_group
 from clipscale.config.model import Model
 from clipscale.models.hf import HFTextTower
-from clipscale.models.init import initialize
+from clipscale.models.init import Draw, first_values, initialize
 from clipscale.models.packing import Packing
 from clipscale.models.text import TextTower
 from clipscale.models.vision import VisionTower
@@ -40,9 +42,11 @@ class Temperature(nn.Module):
 
     def __init__(self, logit_scale: float, logit_bias: float | None) -> None:
         super().__init__()
+        self.first = {"logit_scale": math.log(logit_scale)}
         self.logit_scale = nn.Parameter(torch.tensor([math.log(logit_scale)], dtype=torch.float32))
         self.logit_bias = None
         if logit_bias is not None:
+            self.first["logit_bias"] = logit_bias
             self.logit_bias = nn.Parameter(torch.tensor([logit_bias], dtype=torch.float32))
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -64,6 +68,12 @@ class CLIP(nn.Module):
         self.text: TextTower | HFTextTower = _text_tower(config)
         self.temperature = Temperature(logit_scale, logit_bias)
         self.locked: Sequence[nn.Module] = ()
+        self.first: Mapping[str, Draw] = {}  # of a model without storage: the values that its parameters are to have
+
+    @property
+    def full_precision(self) -> list[nn.Module]:
+        """What computes in fp32 whatever the towers do."""
+        return [self.temperature]
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -90,7 +100,8 @@ class CLIP(nn.Module):
         Captions beyond the first B belong to no image. ``after_text`` is called with ``text`` and ``extra_text`` before
         the image tower begins. ``seeds`` Int64[B] are the images', as VisionTower takes them.
         """
-        text, extra_text = _normalize(self.text(text_ids, text_lengths)).tensor_split([len(images)])
+        parts = _normalize(self.text(text_ids, text_lengths)).tensor_split([len(images)])
+        text, extra_text = (part.clone() for part in parts)  # FSDP would warn of views, whatever is done with them
         if after_text is not None:
             after_text(text, extra_text)
         image = _normalize(self.visual(images, seeds))
@@ -132,6 +143,11 @@ class Classifier(CLIP):
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
 
+    @property
+    def full_precision(self) -> list[nn.Module]:
+        """What computes in fp32 whatever the towers do."""
+        return [self.temperature, self.head]
+
     def forward(
         self,
         images: torch.Tensor,
@@ -159,7 +175,12 @@ def _text_tower(config: Model) -> TextTower | HFTextTower:
 
 
 def build_model(
-    config: Model | str, *, seed: int = 0, logit_scale: float = 1 / 0.07, logit_bias: float | None = None
+    config: Model | str,
+    *,
+    seed: int = 0,
+    logit_scale: float = 1 / 0.07,
+    logit_bias: float | None = None,
+    drawn: bool = True,
 ) -> CLIP:
     """A freshly initialised model: ``build_model("vit_b_32")`` takes an option of the ``model`` group by its name.
 
@@ -167,16 +188,43 @@ def build_model(
 
     The same seed gives the same weights on every machine and for every layout. A text tower of Hugging Face's is drawn
     as well: its own weights are what a run starts from (:func:`clipscale.checkpoint.pretrained.read_text_tower`).
-    Raises ConfigError for an unknown name, and for towers that cannot be had.
+    Without ``drawn``, parameters have no storage yet (they are on the meta device, buffers are not), and
+    :func:`clipscale.parallel.parallelize` gives each rank its shards of what they would be; a model with weights that
+    are drawn by its library, timm or transformers, has them all the same. Raises ConfigError for an unknown name, and
+    for towers that cannot be had.
     """
     schema: Model = load_group("model", config, Model) if isinstance(config, str) else config
-    with torch.random.fork_rng(devices=[]):
-        # Architectures whose weights initialize() leaves to timm are drawn here.
-        torch.manual_seed(seed)
-        kind = CLIP if schema.classes is None else Classifier
-        model = kind(schema, logit_scale=logit_scale, logit_bias=logit_bias)
+
+    def make() -> CLIP:
+        with torch.random.fork_rng(devices=[]):
+            # Architectures whose weights initialize() leaves to timm are drawn here.
+            torch.manual_seed(seed)
+            kind = CLIP if schema.classes is None else Classifier
+            return kind(schema, logit_scale=logit_scale, logit_bias=logit_bias)
+
+    if not drawn and schema.text.hf is None:
+        with _without_storage():
+            model = make()
+        model.first = first_values(model, seed)
+        if all(name in model.first for name, _ in model.named_parameters()):
+            return model
+    model = make()
     initialize(model, seed)
     return model
+
+
+@contextmanager
+def _without_storage() -> Iterator[None]:
+    """Modules made inside have their parameters on the meta device, one after the other as they come to be."""
+
+    def forget(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(forget)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from clipscale.config import config_dir, load_group
 from clipscale.config.model import Model
 from clipscale.config.optim import PrecisionName
+from clipscale.config.running import RECOMPUTED
 from clipscale.errors import ConfigError
 from clipscale.models.groups import rounded
-from clipscale.models.parts import Part, Tokens, text_parts, vision_parts
+from clipscale.models.parts import Kept, Part, Tokens, text_parts, vision_parts
 
 MIB = 2**20
 TYPICAL = 17  # tokens of a caption of LAION's, in the mean
@@ -48,7 +49,8 @@ class Execution:
     only. The result is the same.
 
     ``checkpointing`` is ``parallel.activation_checkpointing``: "none", "full", or a number k, the first k blocks of
-    each tower (or all that it has), which keep their input only and are computed again in the backward pass.
+    each tower (or all that it has), which keep their input only and are computed again in the backward pass; or
+    "selective", all blocks, which keep some results beside it.
     """
 
     lengths: Sequence[int] | None = None
@@ -129,8 +131,10 @@ def flops(model: Model, execution: Execution = Execution()) -> Flops:
     """
     towers = _towers(model, execution)
     vision, text = (sum(part.flops for part in tower) for tower in towers)
-    repeated = sum(part.flops - part.unrepeated for tower in towers for part in _checkpointed(tower, execution))
-    return Flops(vision, text, repeated)
+    again = [part for tower in towers for part in _checkpointed(tower, execution)]
+    if execution.checkpointing == "selective":
+        return Flops(vision, text, sum(part.again for part in again))
+    return Flops(vision, text, sum(part.flops - part.unrepeated for part in again))
 
 
 def activations(
@@ -143,7 +147,8 @@ def activations(
     A locked tower keeps none of its own, nor does a classifier's text tower; both are counted here all the same.
 
     Per block of a transformer with width d, MLP width rd: nd(8 + 2r) numbers of fp32, or under autocast 2nd of 32 and
-    nd(6 + 2r) of 16 bits (quick-GELU rd more), and a few per token; checkpointed, nd of 32.
+    nd(6 + 2r) of 16 bits (quick-GELU rd more), and a few per token; checkpointed, nd of 32, and selectively nd(4 + r)
+    of 16 beside it. ``bf16`` counts as autocast does, which is more than it keeps: its residual stream has 16 bits.
 
     Not in it, because they do not grow with the batch: parameters, their half-precision copies under autocast (2 bytes
     each), and BatchNorm's statistics, which over several ranks keep more (``clipscale.parallel``). Counted on CPUs;
@@ -151,11 +156,16 @@ def activations(
     """
     kept, live = [], 0.0
     for tower in _towers(model, execution):
-        again = _checkpointed(tower, execution)
-        size = sum(_bytes(part, precision) for part in tower)
-        size += sum(_entry(part, precision) - _bytes(part, precision) for part in again)
-        kept.append(size)
-        live = max([live, *(_bytes(part, precision) - _entry(part, precision) for part in again)])
+        selective = execution.checkpointing == "selective"
+        saved = [
+            _bytes(part.kept, precision)
+            - _bytes(part.entry, precision)
+            - (_bytes(part.chosen, precision) if selective else 0)
+            for part in _checkpointed(tower, execution)
+            if part.entry is not None
+        ]
+        kept.append(sum(_bytes(part.kept, precision) for part in tower) - sum(saved))
+        live = max([live, *saved])
     return Activations(kept[0], kept[1], live)
 
 
@@ -200,20 +210,17 @@ def _towers(model: Model, execution: Execution) -> tuple[list[Part], list[Part]]
 
 def _checkpointed(tower: list[Part], execution: Execution) -> list[Part]:
     blocks, asked = [part for part in tower if part.entry is not None], execution.checkpointing
-    if asked in ("none", "full"):
-        return blocks if asked == "full" else []
+    if asked in RECOMPUTED:
+        return [] if asked == "none" else blocks
     if isinstance(asked, bool) or not isinstance(asked, int) or asked < 0:
-        raise ConfigError(f"parallel.activation_checkpointing={asked} must be none, full or a number of blocks")
+        raise ConfigError(
+            f"parallel.activation_checkpointing={asked} must be {', '.join(RECOMPUTED)} or a number of blocks"
+        )
     return blocks[:asked]
 
 
-def _bytes(part: Part, precision: PrecisionName) -> float:
-    return part.kept.fp32 if precision is PrecisionName.fp32 else part.kept.amp
-
-
-def _entry(part: Part, precision: PrecisionName) -> float:
-    assert part.entry is not None
-    return part.entry.fp32 if precision is PrecisionName.fp32 else part.entry.amp
+def _bytes(kept: Kept, precision: PrecisionName) -> float:
+    return kept.fp32 if precision is PrecisionName.fp32 else kept.amp
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class HFTextTower(nn.Module):
 
         As :meth:`clipscale.models.text.TextTower.forward`.
         """
-        packing = lengths if isinstance(lengths, Packing) else self.packing(lengths)
+        packing = lengths if isinstance(lengths, Packing) else self.packing(lengths, ids.device)
         packing.require(ids)
         (shape,) = packing.groups
         padded = F.pad(ids.long(), (0, 1), value=self.pad_id).index_select(0, packing.tokens).view(shape)
@@ -86,15 +86,18 @@ class HFTextTower(nn.Module):
         ends = real.sum(1) - 1
         return tokens.gather(1, ends[:, None, None].expand(-1, 1, tokens.shape[-1])).squeeze(1)
 
-    def packing(self, lengths: torch.Tensor) -> Packing:
-        """How captions of ``lengths`` Int[B], on the host, are computed here.
+    def packing(
+        self, lengths: torch.Tensor, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Packing:
+        """How captions of ``lengths`` Int[B], on the host, are computed here, in any dtype: on ``device``, or that of
+        the weights.
 
         Raises ValueError when a caption is empty, or longer than the context.
         """
         lengths = lengths.cpu()
         longest = check_lengths(lengths, self.context_length)
         size = min(-(-longest // STEP) * STEP, self.context_length)
-        return Packing.filled(lengths, size, next(self.parameters()).device)
+        return Packing.filled(lengths, size, device or next(self.parameters()).device)
 
     def pack(self, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Padded ids Int[B, L] as packed ids Int[T] and lengths Int[B].

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,20 +24,49 @@ if TYPE_CHECKING:
     from clipscale.models.clip import CLIP
 
 
+@dataclass(frozen=True)
+class Draw:
+    """The first values of a parameter: all ``constant``, or drawn, ``normal`` with this deviation or ``uniform`` in
+    ±``value``, from a generator of its own."""
+
+    kind: str
+    value: float
+    seed: int
+
+    def values(self, shape: Sequence[int]) -> torch.Tensor:
+        """Float[*shape] in fp32, on the CPU."""
+        full = torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.kind == "normal":
+            return full.normal_(0.0, self.value, generator=generator)
+        if self.kind == "uniform":
+            return full.uniform_(-self.value, self.value, generator=generator)
+        return full.fill_(self.value)
+
+
+@torch.no_grad()
 def initialize(model: CLIP, seed: int) -> None:
-    """Set the weights of the text tower, the projections, and of ViTs and CLIP's own ResNets.
+    """Set the weights as :func:`first_values` has them.
 
     Other timm architectures keep the initialisation that timm gave them; text towers of Hugging Face's have their own.
     """
-    layers, width = len(model.text.blocks), 0
     if isinstance(model.text, HFTextTower):
         model.text.draw(seed)
-    else:
+    parameters = dict(model.named_parameters())
+    for name, draw in first_values(model, seed).items():
+        parameters[name].copy_(draw.values(parameters[name].shape))
+
+
+def first_values(model: CLIP, seed: int) -> dict[str, Draw]:
+    """How the parameters begin, by name: those of the text tower, the projections, the temperature, a classifier's
+    head, and of ViTs and CLIP's own ResNets. Names and shapes decide, so a model without storage will do."""
+    layers, width = len(model.text.blocks), 0
+    if not isinstance(model.text, HFTextTower):
         width = model.text.norm.normalized_shape[0]
     is_vit = hasattr(model.visual.trunk, "patch_embed") and hasattr(model.visual.trunk, "blocks")
     is_clip_resnet = isinstance(getattr(model.visual.trunk, "head", None), AttentionPool2d)
     pools_by_attention = hasattr(getattr(model.visual.trunk, "attn_pool", None), "latent")
-    modules = dict(model.named_modules())
+    modules, found = dict(model.named_modules()), {}
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
         tower, _, inner = name.partition(".")
@@ -47,6 +78,10 @@ def initialize(model: CLIP, seed: int) -> None:
             drawn = _siglip(inner, leaf, parameter)
         elif tower == "text":
             drawn = _text(inner, leaf, width, layers, owner)
+        elif tower == "temperature":
+            drawn = ("constant", model.temperature.first[leaf])
+        elif tower == "head":
+            drawn = ("constant", 0.0)
         elif name == "visual.proj.weight":
             drawn = ("normal", parameter.shape[1] ** -0.5)
         elif inner.startswith("trunk.") and is_vit and pools_by_attention:
@@ -57,21 +92,8 @@ def initialize(model: CLIP, seed: int) -> None:
             drawn = _resnet(inner.removeprefix("trunk."), leaf, parameter, owner)
         if drawn is not None:
             # One 32-bit number of both: torch's CPU generator ignores the upper half of a larger seed.
-            _draw(parameter, *drawn, seed=zlib.crc32(f"{seed}:{name}".encode()))
-
-
-def _draw(parameter: nn.Parameter, kind: str, value: float, *, seed: int) -> None:
-    with torch.no_grad():
-        if kind == "constant":
-            parameter.fill_(value)
-            return
-        generator = torch.Generator().manual_seed(seed)
-        full = torch.empty(parameter.shape, dtype=torch.float32)
-        if kind == "normal":
-            full.normal_(0.0, value, generator=generator)
-        else:
-            full.uniform_(-value, value, generator=generator)
-        parameter.copy_(full)
+            found[name] = Draw(*drawn, seed=zlib.crc32(f"{seed}:{name}".encode()))
+    return found
 
 
 def _norm_or_none(leaf: str, inner: str) -> tuple[str, float] | None:

@@ -126,12 +126,12 @@ def check_lengths(lengths: torch.Tensor, context_length: int) -> int:
 def find_lengths(padded: torch.Tensor, eot_id: int) -> torch.Tensor:
     """Lengths Int64[B] of captions in padded ids Int[B, L]; 0 where there is no end-of-text token.
 
-    A caption ends at its last one; where that fills the row too, at the first of those that do.
+    A caption ends at its first one, as open_clip has it, but for one that it begins with.
     """
-    # The last, because some tokenizers begin captions with the token that ends them (OPT); others pad with it.
-    places, ends = torch.arange(1, padded.shape[1] + 1, device=padded.device), padded == eot_id
-    last_end, last_other = ((places * found).amax(dim=1) for found in (ends, ~ends))
-    return torch.where(last_end > last_other, last_other + 1, last_end)
+    # Some tokenizers begin captions with the token that ends them (OPT); others fill up with it, even an empty caption.
+    ends = padded == eot_id
+    after = (ends.cumsum(dim=1) > ends[:, :1].int()) & ends & ~ends.all(dim=1, keepdim=True)
+    return torch.where(after.any(dim=1), after.int().argmax(dim=1) + 1, ends[:, 0].long())
 
 
 def unpad(padded: torch.Tensor, eot_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clipscale.config.model import Activation, ImageProjection, Model, Pool, TextPool, text_activation
 from clipscale.errors import ConfigError
@@ -63,7 +63,8 @@ class Part:
 
     ``flops`` of its forward pass, a multiply-add being two. A block that can be checkpointed has an ``entry``, its
     input, which is all that it keeps then; ``unrepeated`` are the FLOPs after the last thing that it keeps, at which
-    torch stops when it repeats the block.
+    torch stops when it repeats the block. Where it is checkpointed selectively, it keeps what is ``chosen`` as well,
+    and repeats ``again`` FLOPs (:func:`clipscale.parallel.recompute.keeps`).
     """
 
     parameters: int
@@ -71,6 +72,8 @@ class Part:
     kept: Kept
     entry: Kept | None = None
     unrepeated: float = 0.0
+    chosen: Kept = Kept()
+    again: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -171,12 +174,17 @@ def _block(width: int, hidden: int, heads: int, tokens: Tokens, quick: bool, dro
         inner += _narrow(d) if tokens.packed else Kept(0, 2 * d)
     if tokens.grouped:
         inner += _narrow(rows * d)
+    # Queries, keys and values, if all tokens ask; attention's result, and the first layer of the MLP.
+    chosen = _narrow(n * (2 if pooled else 3) * d + rows * (d + hidden)) + _wide(rows * heads)
+    second = 2 * rows * d * hidden
     return Part(
         4 * d * d + 4 * d + 2 * d * hidden + hidden + d + 4 * d,
         attention + linear,
         stream + inner,
         entry=_wide(n * d),
-        unrepeated=0 if drop_path else 2 * rows * d * hidden,
+        unrepeated=0 if drop_path else second,
+        chosen=chosen,
+        again=2 * rows * d * d * (2 if pooled else 1) + (second if drop_path else 0),
     )
 
 
@@ -246,7 +254,7 @@ def _resnet(depths: tuple[int, ...], width: int, size: int, embed_dim: int) -> l
             parts.append(_bottleneck(inputs, width * 2**stage, side, stride))
             side, inputs = side // stride, 4 * width * 2**stage
     last = _narrow(inputs * side**2)  # of every other block, the result is the next one's entry
-    parts[-1] = Part(parts[-1].parameters, parts[-1].flops, parts[-1].kept + last, parts[-1].entry)
+    parts[-1] = replace(parts[-1], kept=parts[-1].kept + last)
     return [*parts, _attention_pool(inputs, side**2 + 1, embed_dim)]
 
 
@@ -260,7 +268,9 @@ def _bottleneck(inputs: int, middle: int, side: int, stride: int) -> Part:
     if inputs != outputs or stride > 1:
         layers.append(_convolution(inputs, outputs, 1, after))
         kept += outputs * after + (inputs * after if stride > 1 else 0)
-    return Part(sum(p for p, _ in layers), sum(f for _, f in layers), _narrow(kept), _narrow(inputs * before))
+    chosen = _narrow(2 * middle * before + (len(layers) - 2) * outputs * after)  # every convolution
+    count, cost = (sum(numbers) for numbers in zip(*layers, strict=True))
+    return Part(count, cost, _narrow(kept), _narrow(inputs * before), chosen=chosen)
 
 
 def _attention_pool(width: int, n: int, embed_dim: int) -> Part:
@@ -289,7 +299,7 @@ def _convnext(model: Model) -> list[Part]:
             parts.append(Part(weights + width + width, 2 * weights * area, kept))
         block = _convnext_block(width, area)
         # What a convolution gives is in 16 bits; from the first block on, layer scale makes the stream 32.
-        first = Part(block.parameters, block.flops, block.kept, _narrow(area * width))
+        first = replace(block, entry=_narrow(area * width))
         parts += [first, *[block] * (depth - 1)]
     norm = Part(2 * width, 0, _wide(width + 2))
     return [*parts, norm, _projection(width, model.embed_dim)]
@@ -299,4 +309,5 @@ def _convnext_block(width: int, area: int) -> Part:
     """A depthwise convolution, a norm, an MLP and layer scale, each with its input kept."""
     parameters = 49 * width + width + 2 * width + 8 * width**2 + 5 * width + width
     flops = area * (2 * 49 * width + 16 * width**2)
-    return Part(parameters, flops, _narrow(area * (12 * width + 2)), _wide(area * width))
+    chosen, again = _narrow(area * 4 * width), area * (2 * 49 * width + 8 * width**2)
+    return Part(parameters, flops, _narrow(area * (12 * width + 2)), _wide(area * width), chosen=chosen, again=again)

@@ -147,7 +147,7 @@ class TextTower(nn.Module):
         Lengths that lie on the device make the host wait for it; :meth:`packing` makes of those on the host what can
         be given here instead. Raises ValueError as that does, and for lengths that are not those of ``ids``.
         """
-        packing = lengths if isinstance(lengths, Packing) else self.packing(lengths)
+        packing = lengths if isinstance(lengths, Packing) else self.packing(lengths, ids.device)
         packing.require(ids)
         if self.config.pad_to_context:
             ids = F.pad(ids, (0, 1), value=self.config.pad_id)
@@ -161,18 +161,22 @@ class TextTower(nn.Module):
         """Float[B, d] of what the last block gave, normalised."""
         if self.attn_pool is not None:
             return self.attn_pool(x, packing)
-        return mean(x, packing) if self.config.pool is TextPool.mean else x
+        return mean(x, packing).to(x.dtype) if self.config.pool is TextPool.mean else x
 
-    def packing(self, lengths: torch.Tensor) -> Packing:
-        """How captions of ``lengths`` Int[B], on the host, are computed here, in the autocast context of this moment.
+    def packing(
+        self, lengths: torch.Tensor, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Packing:
+        """How captions of ``lengths`` Int[B], on the host, are computed here: on ``device`` and in ``dtype``, or those
+        of the weights in the autocast context of this moment.
 
         Raises ValueError when a caption is empty, or longer than the context.
         """
         lengths = lengths.cpu()
         check_lengths(lengths, self.context_length)
-        device, dtype = self.positional_embedding.device, self.positional_embedding.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        device = device or self.positional_embedding.device
+        if dtype is None:
+            cast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if cast else self.positional_embedding.dtype
         if self.config.pad_to_context:
             return Packing.filled(lengths, self.context_length, device)
         return Packing.of(lengths, device, exact=has_kernel(device, dtype, self.head_width), fill=self.fill)

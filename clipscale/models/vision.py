@@ -58,6 +58,7 @@ class VisionTower(nn.Module):
             self.drops.draw(len(images), seeds, images.device)
         if images.dtype == torch.uint8:
             images = (images.float() - self.mean) / self.std
+            images = images.to(next(self.trunk.parameters()).dtype)  # which sharding may have made half precision
         return self.proj(self.trunk(images))
 
 
@@ -96,6 +97,8 @@ def _told_nothing(name: str) -> Any:
 
 def _build_trunk(config: Model) -> Any:
     vision = config.vision
+    if ":" in vision.timm:  # timm would ask a hub, or read a directory, on every rank
+        raise ConfigError(f"model.vision.timm={vision.timm} is no architecture; init.weights takes what is elsewhere")
     sizes: dict[str, Any] = dict(
         patch_size=vision.patch_size, embed_dim=vision.width, depth=vision.layers, num_heads=vision.heads
     )
@@ -118,14 +121,17 @@ def _build_trunk(config: Model) -> Any:
         return timm.create_model(vision.timm, **{k: v for k, v in options.items() if v is not None})
     except AssertionError as error:
         if vision.pool is None:
-            raise
+            why = str(error) or "an assertion of its own"
+            raise ConfigError(f"model.vision.timm={vision.timm} cannot be built of model.vision.*: {why}") from None
         raise ConfigError(
             f"model.vision.pool={vision.pool.value}: timm makes no such {vision.timm} ({error}); use "
             "model.vision.pool=null"
         ) from None
+    except TypeError as error:
+        raise ConfigError(f"model.vision.timm={vision.timm} cannot be built of model.vision.*: {error}") from None
     except RuntimeError as error:
         if "Unknown model" not in str(error):
-            raise
+            raise ConfigError(f"model.vision.timm={vision.timm}: {error}; leave out what follows the name") from None
         near = timm.list_models(f"*{vision.timm.split('_')[0]}*")[:5]
         raise ConfigError(
             f"model.vision.timm={vision.timm}: timm has no such model; near it: {', '.join(near)}"

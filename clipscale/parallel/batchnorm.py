@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from clipscale.config.optim import PrecisionName
 from clipscale.distributed.collectives import total, world_size
 
 
@@ -39,7 +40,8 @@ def _global_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int
 
 def _forward(norm: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
     if not norm.training:
-        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+        weight, bias = (one if one is None else one.float() for one in (norm.weight, norm.bias))
+        return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps)
     mean, variance, count = _global_statistics(x)
     if norm.track_running_stats:
         with torch.no_grad():
@@ -55,12 +57,13 @@ def _forward(norm: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
     return out.to(x.dtype)
 
 
-def use_global_batch_statistics(model: nn.Module) -> None:
-    """Make every BatchNorm of ``model`` take its training statistics over all ranks.
+def use_global_batch_statistics(model: nn.Module, precision: PrecisionName = PrecisionName.fp32) -> None:
+    """Make every BatchNorm of ``model`` take its training statistics over all ranks, and normalise in fp32.
 
-    torch's own SyncBatchNorm does the same on CUDA only. Call it after the process group exists.
+    torch's own SyncBatchNorm does the same on CUDA only, and its BatchNorm refuses gains of ``bf16`` beside averages of
+    fp32. Call it after the process group exists.
     """
-    if world_size() > 1:
+    if world_size() > 1 or precision is PrecisionName.bf16:
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 _patch(module)

@@ -3,5 +3,6 @@
 from clipscale.telemetry.meters import Meters
 from clipscale.telemetry.sinks import Sinks, evaluated_at, last_values
 from clipscale.telemetry.stragglers import Stragglers
+from clipscale.telemetry.wandb import read_run_id, write_run_id
 
-__all__ = ["Meters", "Sinks", "Stragglers", "evaluated_at", "last_values"]
+__all__ = ["Meters", "Sinks", "Stragglers", "evaluated_at", "last_values", "read_run_id", "write_run_id"]

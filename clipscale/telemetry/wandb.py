@@ -16,6 +16,17 @@ INIT_TIMEOUT_S = 30
 FINISH_TIMEOUT_S = 60
 
 
+def read_run_id(run: Path) -> str:
+    """The id by which W&B knows a run; empty if it has none yet."""
+    file = run / "wandb_id.txt"
+    return file.read_text() if file.exists() else ""
+
+
+def write_run_id(run: Path, run_id: str) -> None:
+    """Let a run go on by the id that it has on another machine."""
+    (run / "wandb_id.txt").write_text(run_id)
+
+
 class WandbSink:
     """A view of the run's metrics in W&B: numbers and configuration only.
 
@@ -63,16 +74,15 @@ class WandbSink:
     def _start(run: Path, config: Tracking, settings: dict[str, Any], mode: str) -> Any:
         import wandb
 
-        id_file = run / "wandb_id.txt"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+        if not read_run_id(run):
+            write_run_id(run, secrets.token_hex(4))
         started = wandb.init(
             project=config.project,
             entity=config.entity,
             group=config.group,
             tags=config.tags,
             name=run.name,
-            id=id_file.read_text(),
+            id=read_run_id(run),
             resume="allow" if mode == "online" else None,
             dir=run,
             config=settings,

@@ -26,7 +26,8 @@ WORST = 5  # shards that are named when samples are bad
 
 
 class Account:
-    """Counts of bad samples and cut captions; keys of bad samples go to ``RUN/bad_samples/rank*.jsonl``."""
+    """Counts of bad samples and cut captions; keys of bad samples go to ``RUN/bad_samples/rank*.jsonl``, and those of
+    all batches, where ``data.trace`` asks for them, to ``RUN/trace/rank*.jsonl``."""
 
     def __init__(self, config: Config, path: Path, runtime: Runtime, train: TrainData) -> None:
         self._config, self._runtime, self._path, self._train = config, runtime, path, train
@@ -43,16 +44,21 @@ class Account:
         self._gathered = saved.bad_samples, BadSamples()
         self._attempt, self._started_at = attempt, saved.samples_seen
 
-    def add(self, batch: Batch, samples_seen: int) -> None:
-        """Count a batch of this rank."""
+    def add(self, batch: Batch, saved: Saved) -> None:
+        """Count a batch of this rank, by which ``saved`` has moved on."""
         self._fresh += torch.tensor([len(batch.bad), batch.truncated])
         self._bad.add(batch.bad)
         if batch.bad:
-            folder = self._path / "bad_samples"
-            folder.mkdir(exist_ok=True)
-            row = {"attempt": self._attempt, "samples_seen": samples_seen}
-            rows = [row | {"key": key, "reason": reason} for reason, key in batch.bad]
-            append_rows(folder / f"rank{self._runtime.rank}.jsonl", rows)
+            row = {"attempt": self._attempt, "samples_seen": saved.samples_seen}
+            self._append("bad_samples", [row | {"key": key, "reason": reason} for reason, key in batch.bad])
+        if self._config.data.trace:
+            rank, world = self._runtime.rank, self._runtime.world
+            row = {"attempt": self._attempt, "step": saved.step, "rank": rank, "world_size": world}
+            self._append("trace", [row | {"keys": batch.keys}])
+
+    def _append(self, folder: str, rows: list[dict[str, Any]]) -> None:
+        (self._path / folder).mkdir(exist_ok=True)
+        append_rows(self._path / folder / f"rank{self._runtime.rank}.jsonl", rows)
 
     def totals(self, saved: Saved) -> tuple[int, int]:
         """Bad samples and cut captions of the whole run, over all ranks."""

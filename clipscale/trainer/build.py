@@ -299,8 +299,9 @@ def read_tokenizer(config: Config, runtime: Runtime) -> Tokenizer:
 def eval_context(config: Config, model: CLIP, tokenizer: Tokenizer, device: torch.device) -> EvalContext:
     """``model``, whatever its layout, as evaluators take it; its temperature is the one of this moment."""
     temperature, loss = model.temperature, LOSSES[config.loss.name.value]
-    scale = whole(temperature.logit_scale.detach()).exp()
-    bias = None if temperature.logit_bias is None else whole(temperature.logit_bias.detach())
+    # To the device: shards may lie on the host.
+    scale = whole(temperature.logit_scale.detach()).exp().to(device)
+    bias = None if temperature.logit_bias is None else whole(temperature.logit_bias.detach()).to(device)
     return EvalContext(
         model,
         tokenizer,

@@ -18,7 +18,7 @@ from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError
 from clipscale.models import CLIP, Features
 from clipscale.optim import Ema
-from clipscale.parallel import Parallelized, takes_statistics, towers_autocast
+from clipscale.parallel import Parallelized, computed_in, takes_statistics, towers_autocast
 from clipscale.telemetry import Stragglers
 from clipscale.trainer.cached import backward_through_parts
 from clipscale.trainer.objective import Objective, SendAhead, Stats, extra_rows
@@ -147,7 +147,8 @@ class TrainStep:
         images, ids, seeds = (tensor.to(device, non_blocking=True) for tensor in (batch.images, ids, batch.seeds))
         # A context for each pass: the casts that autocast keeps from one without a graph have none.
         with towers_autocast(self.config.precision.name, device):
-            packing, begin = self.model.text.packing(lengths), ahead.begin if ahead else None
+            packing = self.model.text.packing(lengths, device, computed_in(self.config.precision.name))
+            begin = ahead.begin if ahead else None
             # A method: FSDP hands on copies of dataclasses where it casts inputs, and a copy's gathering would be lost.
             with self.stragglers.computing() if self.stragglers else nullcontext():
                 features = self.laid_out.module(images, ids, packing, begin, seeds)

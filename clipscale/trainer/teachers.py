@@ -18,7 +18,7 @@ from clipscale.data.tokenizer import Tokenizer
 from clipscale.errors import ClipscaleError, ConfigError
 from clipscale.losses import Teacher
 from clipscale.models import CLIP
-from clipscale.parallel import towers_autocast
+from clipscale.parallel import towers_autocast, unsharded
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def load_teacher(teacher: PinnedTeacher, device: torch.device) -> CLIP:
 def ask_teacher(model: CLIP, parts: Sequence[Batch], device: torch.device, precision: PrecisionName) -> Teacher:
     """What it makes of a batch, a microbatch at a time: of the student's images, in its own size, and captions."""
     images, texts = [], []
-    with towers_autocast(precision, device):
+    with towers_autocast(unsharded(precision), device):
         for part in parts:
             pixels = resize_pixels(part.images.to(device, non_blocking=True), model.config.vision.image_size)
             ids = part.text_ids.to(device, non_blocking=True)

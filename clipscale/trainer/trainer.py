@@ -13,23 +13,25 @@ import torch
 import torch.distributed as dist
 
 from clipscale.checkpoint import TOKENIZER, Checkpointer, Saved, Stored
+from clipscale.checkpoint.places import CHECKPOINTS, home
 from clipscale.config import Config, save_config
 from clipscale.config.fields import leaves
 from clipscale.config.model import HeadStart
 from clipscale.config.resume import value_of
-from clipscale.config.rundir import append_rows, count_events, log_event, report
+from clipscale.config.rundir import count_events, log_event, report
 from clipscale.config.schema import Config as Schema
+from clipscale.data.io import ShardStore
 from clipscale.data.loader import Batch
 from clipscale.distributed.collectives import gather, total, world_size
 from clipscale.distributed.faults import Agreed, Agreement
 from clipscale.distributed.runtime import Runtime, waiting_up_to
 from clipscale.distributed.watchdog import Watchdog
-from clipscale.errors import ClipscaleError, ConfigError, DivergedError, ExitCode, SaveError
+from clipscale.errors import ClipscaleError, DivergedError, ExitCode, SaveError
 from clipscale.evals import build_evaluators
 from clipscale.models import Classifier, build_model
 from clipscale.optim import Ema, build_optimizer, configure, learning_rate
 from clipscale.parallel import build_scaler, heights, lock, parallelize
-from clipscale.telemetry import Meters, Sinks, Stragglers, evaluated_at
+from clipscale.telemetry import Meters, Sinks, Stragglers, evaluated_at, read_run_id, write_run_id
 from clipscale.trainer.account import Account
 from clipscale.trainer.build import (
     build_loader,
@@ -46,6 +48,7 @@ from clipscale.trainer.build import (
 )
 from clipscale.trainer.divergence import Divergence, diverged_samples
 from clipscale.trainer.ending import tell_end, tell_nothing_to_do
+from clipscale.trainer.keeping import check_order, make_own, mark_best, mark_kept, record_damage, record_elsewhere
 from clipscale.trainer.objective import build_objective
 from clipscale.trainer.opening import tell_start
 from clipscale.trainer.step import TrainStep
@@ -60,9 +63,17 @@ class Trainer:
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
         self.path = run_path(config)
-        self.checkpoints = Checkpointer(self.path / "checkpoints", config.checkpoint.keep_last)
+        place, keep_last = f"{home(config)}/{CHECKPOINTS}", config.checkpoint.keep_last
+        self.checkpoints = Checkpointer(place, keep_last, ShardStore(config.storage), self.path / "scratch")
         self.tokenizer = read_tokenizer(config, runtime)
-        self.newest = newest = self.checkpoints.newest()
+        self.from_elsewhere = False
+        # What a run starts from, in this order: its own newest checkpoint that is whole, checkpoint.resume_from,
+        # init.weights, and what its seed draws.
+        newest = self.checkpoints.newest()
+        if newest is None and config.checkpoint.resume_from is not None:
+            newest = self.checkpoints.elsewhere(config.checkpoint.resume_from)
+            self.from_elsewhere = True
+        self.newest = newest
         taught_by = newest.manifest().saved.teachers if newest else []
         teachers = once_per_node(runtime, lambda: pin_teachers(config, self.tokenizer, taught_by))
         self.data = place_data(config.data, runtime)
@@ -74,12 +85,14 @@ class Trainer:
             seed=config.seed,
             logit_scale=config.loss.init_logit_scale,
             logit_bias=config.loss.first_bias,
+            drawn=not config.parallel.strategy.shards,
         )
         self.starts_from, self.resized = (
             start_from(model, config, self.tokenizer, runtime) if newest is None else ("", [])
         )
         lock(model, config.lock)
-        laid_out = parallelize(model, config.parallel, runtime.device)
+        one_pass = config.optim.count_microbatches(config.global_batch_size // runtime.world) == 1
+        laid_out = parallelize(model, config.parallel, runtime.device, config.precision.name, one_pass=one_pass)
         self.model = laid_out.model
         if newest is None and classes is not None and config.init.head is HeadStart.zeroshot:
             assert isinstance(self.model, Classifier)
@@ -99,6 +112,7 @@ class Trainer:
         self.positions = torch.zeros(0, dtype=torch.int64)  # of the streams of this rank, after the last step
         self.evaluated_at = 0  # samples seen at the last evaluation
         self.checkpointed_at = -1
+        self.asked_to_save = False
 
     def fit(self) -> ExitCode:
         """Resume, then step, log, evaluate and save until the samples are seen or somebody asks to stop.
@@ -148,7 +162,7 @@ class Trainer:
             self._warn_of_save(self.checkpoints.failure())
             if self._logs():
                 self._log()
-            if saves:
+            if saves or self.asked_to_save:
                 self._save()
             self._evaluate()
             self.watchdog.begin()
@@ -162,15 +176,22 @@ class Trainer:
     def _agree(self, now: bool) -> bool:
         """Exchange with all ranks what this step came to, for the next one, or for ``now``. Returns whether to stop."""
         assert self.step.verdict is not None
-        before = self._hear(self.agreement.exchange(False, self.step.verdict), self.saved.step - 1)
-        return self._hear(self.agreement.settle(), self.saved.step) or before if now or before else before
+        before = self._hear(self.agreement.exchange(self._is_time_to_save(), self.step.verdict), self.saved.step - 1)
+        if now or before or self.asked_to_save:
+            return self._hear(self.agreement.settle(), self.saved.step) or before
+        return before
 
     def _hear(self, agreed: Agreed | None, step: int) -> bool:
         if agreed is None:
             return False
         skipped, bad, loss = agreed.said
         self.divergence.judge(step, bool(skipped), bool(bad), loss)
+        self.asked_to_save |= agreed.save
         return agreed.stop
+
+    def _is_time_to_save(self) -> bool:
+        minutes = self.config.checkpoint.every_minutes  # by one clock: ranks would disagree on the step
+        return bool(minutes) and self.runtime.is_main and time.perf_counter() - self.started >= 60 * (minutes or 0)
 
     def _logs(self, ahead: int = 0) -> bool:
         """Whether this step, or the one in so many samples, is logged."""
@@ -215,18 +236,7 @@ class Trainer:
         self.divergence.trained(batch)
         self.positions = batch.positions
         self.meters.stepped(config.global_batch_size, self.loss)
-        self.account.add(batch, after)
-        if config.data.trace:
-            self._trace(batch)
-
-    def _trace(self, batch: Batch) -> None:
-        folder = self.path / "trace"
-        folder.mkdir(exist_ok=True)
-        row = {
-            "attempt": self.attempt, "step": self.saved.step, "rank": self.runtime.rank,
-            "world_size": self.runtime.world, "keys": batch.keys,
-        }  # fmt: skip
-        append_rows(folder / f"rank{self.runtime.rank}.jsonl", [row])
+        self.account.add(batch, saved)
 
     # ---- log --------------------------------------------------------------------------------------------------
 
@@ -282,8 +292,11 @@ class Trainer:
                 values |= evaluator.run(context)
         self._emit(values)
         self.meters.restart()
+        if mark_best(self.saved, self.config.checkpoint.best_metric, values):
+            self._save()  # unless this step has been saved
 
     def _save(self) -> None:
+        self.asked_to_save = False
         if self.checkpointed_at == self.saved.step:
             return
         self.watchdog.begin("save")
@@ -293,6 +306,8 @@ class Trainer:
         self.saved.positions = gather(self.positions.to(self.runtime.device)).tolist()
         self.saved.time_s, self.started = self._time_s, time.perf_counter()
         self.saved.scaler = self.step.scaler.state_dict()
+        mark_kept(self.saved, self.config.checkpoint.keep_every_samples)
+        self.saved.wandb_id = read_run_id(self.path)
         ema = self.ema.state_dict() if self.ema else {}
         self.checkpoints.save(self.model, self.step.optimizer, ema, self.saved)
         self.meters.restart()
@@ -347,23 +362,28 @@ class Trainer:
             dist.barrier()  # before the main rank counts this start, or removes anything
         if newest is not None:
             self._restore(newest)
+            if self.from_elsewhere:
+                self.checkpointed_at = -1
+                make_own(self.saved)
         self._begin()
         if self.runtime.is_main:
-            for name, problem in self.checkpoints.damaged.items():
-                log.warning("checkpoint %s is damaged: %s", name, problem)
-                log_event(self.path, "damaged_checkpoint", checkpoint=name, problem=problem)
+            record_damage(self.path, self.checkpoints.damaged)
             self.unfinished = self.checkpoints.clean()
             save_config(self.config, self.path / "config.yaml")  # with the window that was chosen
+            if self.saved.wandb_id:
+                write_run_id(self.path, self.saved.wandb_id)
             log_event(
                 self.path, "started", attempt=self.attempt, world_size=self.runtime.world,
                 samples_seen=self.saved.samples_seen, checkpoint=newest and newest.name,
             )  # fmt: skip
             self.tokenizer.save(self.path / TOKENIZER)  # now: until it has started, a run may be given another
+            if self.config.checkpoint.dir is not None:
+                record_elsewhere(self.config, self.path)
 
     def _restore(self, checkpoint: Stored) -> None:
         ema = self.ema.state_dict() if self.ema else {}
         self.saved = self.checkpoints.restore(checkpoint, self.model, self.step.optimizer, ema)
-        self._check_order()
+        check_order(self.saved, self.train.order, self.path)
         configure(self.step.optimizer, self.config.optim)
         if self.saved.scaler:  # empty if the run had none until now
             self.step.scaler.load_state_dict(self.saved.scaler)
@@ -379,15 +399,6 @@ class Trainer:
         # One rank reads the file for all: they must not disagree on what comes next.
         made = evaluated_at(self.path / "metrics.jsonl", self.saved.samples_seen) if self.runtime.is_main else 0
         self.evaluated_at = int(total(torch.tensor([made], device=self.runtime.device)))
-
-    def _check_order(self) -> None:
-        order = self.train.order
-        if self.saved.fingerprint != order.fingerprint:
-            raise ConfigError(
-                f"the training data is not the one that {self.path} was trained on: its shards, their sample counts, "
-                f"weights, seed, streams or window changed (order {self.saved.fingerprint} in the checkpoint, "
-                f"{order.fingerprint} now); restore the data or choose another name=…"
-            )
 
     def _open_sinks(self) -> Sinks:
         config, saved = self.config, self.saved

@@ -279,6 +279,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "docs/packing.md",
         "docs/curating.md",
         "docs/inspecting.md",
+        "docs/layouts.md",
         "docs/loss.md",
         "docs/models.md",
         "docs/surviving.md",

@@ -41,6 +41,28 @@ def test_steps_equal_the_cpus(overrides: list[str], bound: float) -> None:
     assert losses_on("cuda", overrides) == pytest.approx(losses_on("cpu", []), rel=bound)
 
 
+SHARDED = [
+    (["parallel=fsdp"], 1e-4),
+    (["parallel=hsdp", "parallel.activation_checkpointing=selective", "precision=amp_bf16"], 1e-2),
+    (["parallel=fsdp", "parallel.activation_checkpointing=selective", "precision=bf16"], 2e-2),
+    (["parallel=fsdp", "parallel.cpu_offload=true", "optim.clip_grad_norm=1.0"], 1e-4),
+    (["parallel=fsdp", "parallel.cpu_offload=true", "precision=bf16", "optim.microbatches=2"], 2e-2),
+]
+
+
+@pytest.mark.parametrize(("overrides", "bound"), SHARDED, ids=str)
+def test_sharded_steps_equal_the_cpus(overrides: list[str], bound: float) -> None:
+    clipped = [one for one in overrides if one.startswith("optim.clip")]
+    expected = losses_on("cpu", clipped)
+    backend = "cpu:gloo,cuda:nccl" if "parallel.cpu_offload=true" in overrides else "nccl"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = losses_on("cuda", overrides)
+    finally:
+        dist.destroy_process_group()
+    assert found == pytest.approx(expected, rel=bound)
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_losses_equal_the_cpus(name: str) -> None:
     generator = torch.Generator().manual_seed(0)

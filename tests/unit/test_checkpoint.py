@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 from collections.abc import Iterator
@@ -108,7 +109,7 @@ def test_all_damaged_is_refused_in_one_line(tmp_path: Path) -> None:
     for step in (1, 2):
         flip(tensors_of(save(tmp_path, step)))
     for _ in range(2):  # and again: nothing was removed
-        with pytest.raises(ClipscaleError, match=r"is whole \(step_00000002: .*; step_00000001: ") as caught:
+        with pytest.raises(ClipscaleError, match=r"is whole in .* \(step_00000002: .*; step_00000001: ") as caught:
             newest(tmp_path)
         assert "\n" not in str(caught.value)
 
@@ -199,3 +200,9 @@ def test_the_manifest_sums_up_every_file(tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(path, moved)
     assert local(moved).damage(local(moved).manifest()) == ""
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], {})
+    assert capsys.readouterr().out == "step_00000001 256\n"

@@ -184,6 +184,9 @@ def test_the_model_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (run / "result.json").write_text(json.dumps(result | {"samples_seen": 9999}))
     export(run, "safetensors", tmp_path / "older")
     assert "None were recorded of these weights" in (tmp_path / "older" / "README.md").read_text()
+    export(tmp_path / "older", "open_clip", tmp_path / "again")
+    again = (tmp_path / "again" / "README.md").read_text()
+    assert "| all else | not recorded |" in again and "lr" not in again and "synthetic" not in again
 
 
 def test_a_classifier_is_clipscales_alone(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from clipscale.checkpoint.covered import model_of_open_clip
 from clipscale.checkpoint.interop import from_hf, from_open_clip, to_hf, to_open_clip
 from clipscale.config import load_group
 from clipscale.config.model import Model
+from clipscale.data.tokenizer import Tokenizer
 from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP
 from tests.peers import SMALL, assert_same_features, hf_model, pair, same_state, scramble, small
@@ -66,6 +67,16 @@ def test_features_are_open_clips_and_no_bit_changes(name: str) -> None:
     same_state(to_open_clip(ours.state_dict()), other.state_dict())
     batch = pair(64, 32)
     assert_same_features(ours, other.encode_image(batch[0]), other.encode_text(batch[1]), batch)
+
+
+@torch.no_grad()
+def test_a_caption_ends_where_open_clips_does() -> None:
+    ours, other = small("tiny")
+    ours.load_state_dict(from_open_clip(other.state_dict()))
+    captions = ["a red <end_of_text> circle", "<end_of_text>", "a red circle", ""]
+    theirs = open_clip.get_tokenizer("ViT-B-32", context_length=32)(captions)
+    for ids in (theirs, Tokenizer("clip", 32)(captions)):
+        torch.testing.assert_close(ours.encode_text(ids), other.encode_text(theirs), atol=1e-6, rtol=1e-5)
 
 
 def test_custom_text_and_bias() -> None:

@@ -57,3 +57,22 @@ def test_what_would_be_one_end_twice_is_refused(tmp_path: Path) -> None:
         interpolate(str(tmp_path / "trunk.safetensors"), str(whole), [0.5], tmp_path / "a", None, "cpu")
     with pytest.raises(ClipscaleError, match=r"two models would be .*alpha_0\.5"):
         interpolate(str(whole), str(whole), [0.5, 0.50000001], tmp_path / "b", None, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.vision.image_size=32"],
+            "has another shape than the other end: visual.trunk.pos_embed interpolated from",
+        ),
+        (["model.context_length=16"], "has another shape than the other end: text.positional_embedding"),
+        (["model.vision.resize_mode=squash"], "sees pictures resized by shortest, the other end by squash"),
+    ],
+)
+def test_ends_are_not_made_to_fit(overrides: list[str], message: str, tmp_path: Path) -> None:
+    first, _ = compose(SMALL)
+    second, _ = compose([*SMALL, *overrides])
+    ends = [str(written(tmp_path / name, config, 0)) for name, config in (("first", first), ("second", second))]
+    with pytest.raises(ClipscaleError, match=message):
+        interpolate(*ends, [0.0], tmp_path / "out", None, "cpu")

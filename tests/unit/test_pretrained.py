@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -341,3 +342,48 @@ def test_a_damaged_export_is_one_line(tmp_path: Path) -> None:
     for read in (clipscale.load, lambda path: read_pretrained(str(path))):
         with pytest.raises(ClipscaleError, match=r"model.safetensors cannot be read"):
             read(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"hello world, these are words", b"Repository not found", b""])
+def test_a_file_of_something_else_is_one_line(content: bytes, tiny: CLIP, tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").write_bytes(content)
+    with pytest.raises(ClipscaleError, match=r"weights\.pt cannot be read: it is damaged, or neither") as raised:
+        load(tiny, tmp_path / "weights.pt")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("size", range(0, 4000, 97))
+def test_damaged_bytes_are_one_line(size: int, tmp_path: Path) -> None:
+    torch.save({"temperature.logit_scale": torch.zeros(1)}, tmp_path / "weights.pt")
+    content = bytearray((tmp_path / "weights.pt").read_bytes())
+    for place in range(size % len(content), len(content), 397):
+        content[place] ^= 0x55
+    (tmp_path / "weights.pt").write_bytes(content)
+    with suppress(ClipscaleError):  # or it is read, where nothing that counts was hit
+        read_pretrained(str(tmp_path / "weights.pt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("text_projection", (2, 3, 4)),
+        ("positional_embedding", ()),
+        ("positional_embedding", (0, 128)),
+        ("logit_scale", (2,)),
+    ],
+)
+def test_odd_shapes_are_one_line(
+    name: str, shape: tuple[int, ...], state: dict[str, torch.Tensor], tiny: CLIP, tmp_path: Path
+) -> None:
+    torch.save(state | {name: torch.zeros(shape)}, tmp_path / "weights.pt")
+    with pytest.raises(ClipscaleError, match=r"no CLIP has|is not model=tiny"):
+        load(tiny, tmp_path / "weights.pt")
+
+
+def test_tokens_of_clips_weights_are_clips(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    byte_pieces().save_pretrained(tmp_path / "pieces")
+    pieces = Tokenizer(f"hf:{tmp_path / 'pieces'}", 32)
+    (tmp_path / "there").mkdir()
+    open_clip_directory(tmp_path / "there", state, model_cfg=of_tiny())
+    with pytest.raises(ClipscaleError, match="reads the tokens of clip, not those of"):
+        check_tokenizer(read_pretrained(str(tmp_path / "there")), pieces)
