@@ -48,12 +48,12 @@ def curve(run: Path, out: Path) -> None:
 
 def retrieval(run: Path, out: Path) -> None:
     """For some held-out captions, the held-out images that the model ranks first; the right one has a frame."""
-    path, config = find_checkpoint(run)
-    model, _, tokenizer = clipscale.load(path)
+    _, config = find_checkpoint(run)
+    model, _, tokenizer = clipscale.load(run)
     data = place_data(config.data, Runtime(0, 1, 0, torch.device("cpu")))
     files = expand_shards(data.val.shards, data.root, "data.val.shards", build_store(config))
     fields = (lambda sample: find_captions(sample, data.caption_key)[0],)
-    items = EvalSet(files, data.image_keys, config.model.vision.image_size, data.max_pixels, fields)
+    items = EvalSet(files, data.image_keys, config.model.vision, data.max_pixels, fields)
     held_out = [item for item in items.read(0, len(items)) if isinstance(item, EvalItem)]
     asked = [i * len(held_out) // QUERIES for i in range(QUERIES)]
     with torch.no_grad():

@@ -17,6 +17,7 @@ from clipscale.config.schema import Device
 from clipscale.distributed.runtime import start
 from clipscale.errors import ConfigError
 from clipscale.evals import build_evaluators, damaged_shards
+from clipscale.parallel import unsharded
 from clipscale.telemetry.console import summary_table
 from clipscale.trainer.build import build_store, eval_context, place_data
 
@@ -33,6 +34,7 @@ def evaluate(run: Path, overrides: Sequence[str], device: str, as_json: bool) ->
     path, config = find_checkpoint(run)
     config = _override(config, overrides)
     runtime = start(device, config.distributed.timeout_s)
+    config.precision.name = unsharded(config.precision.name)
     model, _, tokenizer = load(path, str(runtime.device))
     context = eval_context(config, model, tokenizer, runtime.device)
     data = place_data(config.data, runtime)
@@ -55,7 +57,7 @@ def evaluate(run: Path, overrides: Sequence[str], device: str, as_json: bool) ->
 
 def _override(config: Config, overrides: Sequence[str]) -> Config:
     changed = override(config, overrides, ("data.", "eval."))
-    validate(changed)
+    validate(changed, changed.parallel.shard_size)  # on how many processes it was trained matters no more
     named = {key for key, _, value in (o.partition("=") for o in overrides) if value not in ("null", "0")}
     if changed.data.builtin is not Builtin.none and named & {"data.root", "data.val.shards", "data.zeroshot.shards"}:
         # Other data than what clipscale rendered: all of it is the user's, so what was not named is not there.

@@ -313,10 +313,8 @@ class Trainer:
         self.meters.restart()
 
     def _go_back(self) -> None:
-        """Restore a checkpoint from before the steps that went wrong, to pass over their batches.
-
-        Raises DivergedError when there is none, or the run has gone back too often.
-        """
+        """Restore a checkpoint from before training went wrong. Raises DivergedError without one, or after too many."""
+        self.agreement.settle()  # on a step that is undone
         saved, checkpoint = self.saved, self.checkpoints.before(self.divergence.first)
         if checkpoint is None or saved.rollbacks >= self.config.divergence.max_rollbacks:
             raise DivergedError(self.divergence.why_it_ends(checkpoint.location if checkpoint else None))

@@ -61,14 +61,14 @@ def test_ranks_that_no_copy_shares_evenly() -> None:
         shard_size(Parallel(Strategy.hsdp, 4), 6, 8)
 
 
-def _places(strategy: str, size: int | None) -> tuple[tuple[int, ...], list[int] | None]:
+def _places(strategy: str, size: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     mesh = build_mesh(Parallel(Strategy(strategy), size), CPU)
-    return tuple(mesh.shape), mesh.get_coordinate()
+    return tuple(mesh.shape), tuple(mesh.get_coordinate() or ())
 
 
 def test_ranks_beside_each_other_share_a_copy(pool4: Any) -> None:
-    assert pool4.run(_places, "hsdp", 2) == [((2, 2), [i // 2, i % 2]) for i in range(4)]
-    assert pool4.run(_places, "fsdp", None) == [((1, 4), [0, i]) for i in range(4)]
+    assert pool4.run(_places, "hsdp", 2) == [((2, 2), (i // 2, i % 2)) for i in range(4)]
+    assert pool4.run(_places, "fsdp", None) == [((1, 4), (0, i)) for i in range(4)]
 
 
 # ---- units ------------------------------------------------------------------------------------------------------

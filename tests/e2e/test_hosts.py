@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ STEPS = 240
 PATIENCE_S = 400
 RENDEZVOUS = "keep_alive_interval=2,keep_alive_max_attempt=2,last_call_timeout=3,read_timeout=20"
 HAVE_NAMESPACES = os.geteuid() == 0 and shutil.which("ip") is not None
+number = itertools.count()  # names of what was taken down are free a little later
 pytestmark = [
     pytest.mark.hosts,
     pytest.mark.slow,
@@ -36,7 +38,7 @@ class Hosts:
     """Two of them, on one bridge."""
 
     def __init__(self) -> None:
-        self.tag = f"cs{os.getpid() % 10000}"
+        self.tag = f"cs{os.getpid() % 10000}x{next(number)}"
         ip("link", "add", f"{self.tag}br", "type", "bridge")
         ip("link", "set", f"{self.tag}br", "up")
         for i in (0, 1):
@@ -82,6 +84,7 @@ class Hosts:
                 for pid in pids:
                     os.kill(pid, signal.SIGKILL)
                 time.sleep(0.1)
+            ip("link", "del", f"{self.tag}h{host}o")
             ip("netns", "del", f"{self.tag}h{host}")
         ip("link", "del", f"{self.tag}br")
         for agent in self.agents.values():
