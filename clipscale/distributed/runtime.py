@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from clipscale.distributed.watchdog import RECORDED
+from clipscale.distributed.watchdog import record_collectives
 from clipscale.errors import ConfigError
 
 T = TypeVar("T")
@@ -129,8 +129,7 @@ def start(
     if use_cuda:
         torch.cuda.set_device(place)
     if under_torchrun():
-        for name, value in RECORDED.items():
-            os.environ.setdefault(name, value)
+        record_collectives()
     if under_torchrun() or sharded:
         backend = ("cpu:gloo,cuda:nccl" if on_host else "nccl") if use_cuda else "gloo"
         dist.init_process_group(

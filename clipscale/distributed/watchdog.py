@@ -16,8 +16,7 @@ import torch
 from clipscale.errors import ExitCode
 
 PATIENCE = 10  # times as long for what is no step: starting, which may compile, evaluating, saving
-# Collectives that the flight recorder keeps, and the variable's name in the oldest supported torch.
-RECORDED = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}
+RECORDED = 2000  # collectives that the flight recorder keeps
 
 
 class Watchdog:
@@ -79,11 +78,21 @@ class Watchdog:
             (self._folder / f"rank{self._rank}.collectives.json").write_text(collectives)
 
 
+def record_collectives() -> None:
+    """Have the flight recorder remember; call it before there is a process group."""
+    # Newer versions of torch complain of the older name, and older ones do not know the newer.
+    name = "TORCH_FR_BUFFER_SIZE" if hasattr(_library(), "_dump_fr_trace_json") else "TORCH_NCCL_TRACE_BUFFER_SIZE"
+    os.environ.setdefault(name, str(RECORDED))
+
+
+def _library() -> Any:
+    return getattr(torch._C, "_distributed_c10d", None)
+
+
 def last_collectives() -> str:
     """The newest collectives of this process as the flight recorder's JSON; empty if this torch has none."""
-    library: Any = getattr(torch._C, "_distributed_c10d", None)
     for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
-        dump = getattr(library, name, None)
+        dump = getattr(_library(), name, None)
         with suppress(RuntimeError):
             found = dump() if dump is not None else ""
             text = found.decode() if isinstance(found, bytes) else str(found)

@@ -105,7 +105,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Victim]:
     """A recipe, and its run that nobody disturbed."""
     arguments = [
         *recipe(tmp_path_factory.mktemp("hosts"), data()), f"total_samples={BATCH * STEPS}",
-        f"checkpoint.every_samples={BATCH * 15}", "tracking.log_every_steps=10", "distributed.timeout_s=20",
+        f"checkpoint.every_samples={BATCH * 15}", "distributed.timeout_s=20",
         "distributed.watchdog_s=15",
     ]  # fmt: skip
     run(*arguments, "name=undisturbed", "schedule=constant", timeout=900)
