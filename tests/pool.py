@@ -18,26 +18,33 @@ class Pool:
 
     def __init__(self, world: int) -> None:
         self.world = world
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self._pipes = []
         self._ranks = []
-        for rank in range(world):
+        for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.world, port, theirs), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._ranks.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Call ``function(*args)`` on every rank; raises AssertionError with the traceback of the first that failed."""
+        if not self._ranks:
+            self._start()
         for pipe in self._pipes:
             pipe.send_bytes(pickle.dumps((function, args)))
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(TIMEOUT_S), f"rank {rank} gave no answer within {TIMEOUT_S} s"
+            if not pipe.poll(TIMEOUT_S):
+                self._kill()  # a late answer must not become that of the next test
+                raise AssertionError(f"rank {rank} gave no answer within {TIMEOUT_S} s")
             ok, value = pickle.loads(pipe.recv_bytes())
             (results if ok else failures).append(value if ok else f"rank {rank}:\n{value}")
         assert not failures, "\n".join(failures)
@@ -49,8 +56,12 @@ class Pool:
             pipe.send_bytes(pickle.dumps(None))
         for process in self._ranks:
             process.join(10)
-            if process.is_alive():
-                process.kill()
+        self._kill()
+
+    def _kill(self) -> None:
+        for process in self._ranks:
+            process.kill()
+        self._pipes, self._ranks = [], []
 
 
 def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
