@@ -132,7 +132,7 @@ def _shared_path(store: Any, overrides: list[str]) -> Path:
     answer = distributed.share(store, "clipscale/run", make)
     if answer.startswith("error: "):
         if os.environ["RANK"] != "0":
-            raise SystemExit(ExitCode.USER_ERROR)
+            raise SystemExit(_for_torchrun(ExitCode.USER_ERROR))
         raise ClipscaleError(answer.removeprefix("error: "))
     place, _, text = answer.partition("\n")
     path = Path(place)

@@ -127,6 +127,8 @@ class Stored:
             if not self.tells(error):
                 raise
             return f"cannot be read ({error})"
+        except OSError as error:  # of a disk
+            return f"cannot be read ({error.strerror})"
 
     def tells(self, error: DataError) -> bool:
         """Whether an error is of what lies here, and not of the way to it."""
@@ -142,6 +144,8 @@ def read_manifest(stored: Stored) -> bytes:
         if not stored.tells(error):
             raise
         raise DamagedError(str(error)) from None
+    except OSError as error:  # of a disk
+        raise DamagedError(f"{stored.location}/{MANIFEST} cannot be read ({error.strerror})") from None
     if len(text) > MAX_BYTES:
         raise DamagedError(f"{stored.location}/{MANIFEST} is too large to be a manifest")
     return text

@@ -39,10 +39,9 @@ def write(
         with _in_one_line(stored, folder):
             # What an attempt before this one left here, or a damaged checkpoint that was passed over.
             _together(group, lambda: stored.store.remove(stored.location) if rank(group) == 0 else None)
-            folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.glob(f"__{rank(group)}_*"):
-                old.unlink()
-            writer = dcp.FileSystemWriter(folder)
+            _together(group, lambda: _make_room(folder, group))
+            # Nothing is copied ahead: that takes a CUDA device, in a thread whose device is not this rank's.
+            writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
             dcp.save(state, storage_writer=writer, process_group=group, no_dist=world_size(group) == 1)
             parts = _together(group, lambda: _finish_own(stored, folder, group))
             _together(group, lambda: _commit(stored, saved, parts) if rank(group) == 0 else None)
@@ -57,6 +56,12 @@ def write(
     finally:
         if remote:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_room(folder: Path, group: Group) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"__{rank(group)}_*"):
+        old.unlink()
 
 
 def _finish_own(stored: Stored, folder: Path, group: Group) -> dict[str, FileSum]:

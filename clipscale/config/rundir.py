@@ -88,6 +88,13 @@ def _join(run: Run, stored: Config) -> None:
             f"total_samples={config.total_samples} is less than the {stored.total_samples} of {run.path}; "
             "choose another name=… for a shorter run"
         )
+    before = stored.checkpoint.dir
+    if config.checkpoint.dir != before and config.checkpoint.resume_from is None:
+        here, key = (run.path, "null") if before is None else (f"{before}/{run.path.name}", before)
+        raise ConfigError(
+            f"checkpoint.dir={config.checkpoint.dir}, but the checkpoints of {run.path} lie in {here}; use "
+            f"checkpoint.dir={key}, or go on from those: checkpoint.resume_from={here}"
+        )
     config.data.streams, config.data.window = stored.data.streams, stored.data.window
     config.model.text.hf_config = stored.model.text.hf_config
     config.model.classes = stored.model.classes

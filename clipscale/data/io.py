@@ -179,7 +179,10 @@ class ShardStore:
             if isinstance(data, Path):
                 shutil.copyfile(data, scratch)
             else:
-                scratch.write_bytes(data)
+                with scratch.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())  # it may be what says that other files are whole
             scratch.replace(path)
         except OSError as error:
             raise DataError(f"{location} cannot be written: {error.strerror}") from None

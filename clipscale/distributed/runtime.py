@@ -76,8 +76,10 @@ def share(store: dist.Store, key: str, make: Callable[[], str]) -> str:
 
 
 def _of_this_attempt(key: str) -> str:
-    # A restarted attempt meets the same store.
-    return f"{key}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    # A restarted attempt meets the agent's store again; where ranks make their own, it is new each time, and the counts
+    # of nodes that came and went differ.
+    same = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return f"{key}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if same else key
 
 
 def stand_by(store: dist.Store) -> None:
@@ -148,8 +150,10 @@ def waiting_up_to(during_s: float, after_s: float) -> Iterator[None]:
     """Ranks wait ``during_s`` seconds for each other inside, and ``after_s`` behind it: a collective that does not
     complete within that raises."""
     _wait_up_to(during_s)
-    yield
-    _wait_up_to(after_s)
+    try:
+        yield
+    finally:
+        _wait_up_to(after_s)
 
 
 def _wait_up_to(seconds: float) -> None:

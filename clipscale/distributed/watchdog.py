@@ -16,6 +16,7 @@ import torch
 from clipscale.errors import ExitCode
 
 PATIENCE = 10  # times as long for what is no step: starting, which may compile, evaluating, saving
+WRITING_S = 60.0  # for what it writes before it ends
 RECORDED = 2000  # collectives that the flight recorder keeps
 
 
@@ -34,7 +35,7 @@ class Watchdog:
 
     def __init__(self, folder: Path, rank: int, limit_s: float | None, tell: Callable[[str], object]) -> None:
         self._folder, self._rank, self._limit_s, self._tell = folder, rank, limit_s, tell
-        self._what, self._allowed_s, self._since = "", 0.0, 0.0
+        self._now = ("", 0.0, 0.0)  # what is under way, how many seconds it may take, and since when it does: as one
         self._released = threading.Event()
         if limit_s is not None:
             self.begin("start")
@@ -42,16 +43,15 @@ class Watchdog:
 
     def begin(self, what: str = "step") -> None:
         """From now on ``what`` is under way; all but steps have ten times as long."""
-        self._what = what
-        self._allowed_s = (self._limit_s or 0.0) * (1 if what == "step" else PATIENCE)
-        self._since = time.monotonic()
+        self._now = (what, (self._limit_s or 0.0) * (1 if what == "step" else PATIENCE), time.monotonic())
 
     @contextmanager
     def during(self, what: str) -> Iterator[None]:
-        """``what`` is under way inside, and a step again behind it."""
+        """``what`` is under way inside, and behind it what was before, anew."""
+        before, _, _ = self._now
         self.begin(what)
         yield
-        self.begin()
+        self.begin(before)
 
     def release(self) -> None:
         """Watch no longer."""
@@ -59,17 +59,24 @@ class Watchdog:
 
     def _watch(self, limit_s: float) -> None:
         while not self._released.wait(min(limit_s / 4, 10.0)):
-            if time.monotonic() - self._since > self._allowed_s:
-                self._end()
+            what, allowed_s, since = self._now
+            if time.monotonic() - since > allowed_s:
+                self._end(what, allowed_s)
 
-    def _end(self) -> None:
-        with suppress(OSError):
-            self._write()
-        self._tell(
-            f"rank {self._rank}: this {self._what} has taken more than {self._allowed_s:.0f} s "
-            f"(distributed.watchdog_s={self._limit_s}); {self._folder}/rank*.stacks.txt say where each rank stands"
-        )
-        os._exit(ExitCode.FAILED)
+    def _end(self, what: str, allowed_s: float) -> None:
+        # Whatever becomes of the writing: a device that hangs may not even tell its collectives.
+        last = threading.Timer(WRITING_S, os._exit, [ExitCode.FAILED])
+        last.daemon = True
+        last.start()
+        try:
+            with suppress(OSError):
+                self._write()
+            self._tell(
+                f"rank {self._rank}: this {what} has taken more than {allowed_s:.0f} s "
+                f"(distributed.watchdog_s={self._limit_s}); {self._folder}/rank*.stacks.txt say where each rank stands"
+            )
+        finally:
+            os._exit(ExitCode.FAILED)
 
     def _write(self) -> None:
         with (self._folder / f"rank{self._rank}.stacks.txt").open("w") as file:

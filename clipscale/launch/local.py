@@ -47,7 +47,8 @@ def launch(config_file: Path, processes: int, max_restarts: int) -> ExitCode:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # it could not say so itself
             cause = f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}"
-            write_result(path, "failed", ExitCode.FAILED, error=cause)
+            if (read_result(path) or {}).get("status", "failed") == "failed":  # what peers say of it comes of this
+                write_result(path, "failed", ExitCode.FAILED, error=cause)
     result = read_result(path)
     if result is None or result.get("error") == cause:
         print(f"error: {cause}; see {path / 'logs'}", file=sys.stderr)

@@ -88,6 +88,7 @@ class Divergence:
         before = self._saved
         first = max(passed.step, now.step)  # the checkpoint may lie in the window
         now.skipped, now.rollbacks, now.jump = before.skipped, before.rollbacks + 1, [first, *passed.stops]
+        now.bad_steps = []  # of the way that is not gone again
         self._name([one for one in self._recent if one.step > first], "diverged")
         self._tell(
             "rolled_back", step=before.step, samples_seen=before.samples_seen, to=now.samples_seen,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def mark_best(saved: Saved, metric: str | None, values: Mapping[str, float]) -> 
             f"checkpoint.best_metric={metric} is not measured in this run; choose from {', '.join(values) or 'none'}"
         )
     value, best = values[metric], saved.best_value
+    if not math.isfinite(value):
+        return False
     if saved.best_step and not (value < best if metric.endswith("loss") else value > best):
         return False
     saved.best_step, saved.best_value = saved.step, value

@@ -156,7 +156,7 @@ class Trainer:
         while not self._is_over:
             self._train_on(next(batches))
             saves = self._due(self.config.checkpoint.every_samples) or self._is_over
-            stops = self._agree(saves or self._logs())
+            stops = self._agree(saves or self._logs() or self._evaluation_is_due())
             if self.divergence.is_too_much:
                 return None
             self._warn_of_save(self.checkpoints.failure())
@@ -292,7 +292,9 @@ class Trainer:
                 values |= evaluator.run(context)
         self._emit(values)
         self.meters.restart()
-        if mark_best(self.saved, self.config.checkpoint.best_metric, values):
+        best = mark_best(self.saved, self.config.checkpoint.best_metric, values) and self.runtime.is_main
+        # By one rank's word: the last digits of others may differ.
+        if int(total(torch.tensor([best], dtype=torch.int64, device=self.runtime.device))):
             self._save()  # unless this step has been saved
 
     def _save(self) -> None:
@@ -347,6 +349,7 @@ class Trainer:
             self.sinks.console.say(f"warning: {problem}; training goes on, and the last good checkpoint is kept")
 
     def _finish(self, code: ExitCode) -> ExitCode:
+        self.watchdog.begin("save")
         self.checkpoints.wait()
         tell_end(self, code)
         return code

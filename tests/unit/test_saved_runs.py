@@ -16,6 +16,7 @@ import clipscale
 from clipscale.checkpoint.manifest import MANIFEST
 from clipscale.config import compose
 from clipscale.config.rundir import open_run
+from clipscale.errors import ConfigError
 from clipscale.train import main, recorded_config
 from tests.buckets import BUCKET, KEYS, overrides, s3_server
 from tests.runs import losses
@@ -81,6 +82,16 @@ def test_a_run_goes_on_from_another(undisturbed: Path, tmp_path: Path) -> None:
     assert code == 0 and events(path, "started")[1]["samples_seen"] == 6 * BATCH
     code, _ = train(tmp_path, 2, "name=third", "checkpoint.resume_from=/nowhere")
     assert code == 2
+
+
+def test_checkpoints_are_not_left_behind(undisturbed: Path, tmp_path: Path) -> None:
+    train(tmp_path, 4, "name=moved")
+    there = f"checkpoint.dir={tmp_path / 'there'}"
+    with pytest.raises(ConfigError, match=r"moved lie in .*/moved; use checkpoint\.dir=null, or go on from those"):
+        train(tmp_path, 6, "name=moved", there)
+    code, path = train(tmp_path, 6, "name=moved", there, f"checkpoint.resume_from={tmp_path / 'moved'}")
+    assert code == 0 and events(path, "started")[-1]["samples_seen"] == 4 * BATCH
+    same(path, undisturbed)
 
 
 def test_a_run_is_saved_by_the_clock(tmp_path: Path) -> None:
