@@ -214,9 +214,9 @@ def kept_bytes(
 def _kept(model: CLIP, images: torch.Tensor, ids: torch.Tensor, packing: Packing) -> dict[str, int]:
     weights = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     storages: dict[int, int] = {}
-    alive: list[Any] = []
-    others: set[int] = set()
     gc.collect()
+    alive: list[Any] = [one for one in gc.get_objects() if type(one) is _VersionWrapper]
+    others = {id(one) for one in alive}  # of passes before this one
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

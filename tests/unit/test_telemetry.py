@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import wandb
 
 from clipscale.config import compose
 from clipscale.config.running import Tracking, TrackingMode
@@ -40,11 +42,14 @@ def test_what_is_no_number_is_still_json(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    wandb.teardown()  # it reads its variables once a process
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    yield
+    wandb.teardown()
 
 
 def test_without_a_key_wandb_is_offline_and_readable(tmp_path: Path, no_key: None) -> None:
