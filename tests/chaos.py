@@ -179,14 +179,17 @@ def _kill_agent(victim: Victim, fault: Fault) -> str:
 def _stop(victim: Victim, fault: Fault) -> str:
     assert victim.process is not None
     victim.process.send_signal(signal.SIGTERM)
-    code = victim.ended()
-    assert (code, _result(victim)["status"]) in ((75, "preempted"), (0, "done")), (code, victim.said[-1])
-    return f"code {code}, {_result(victim)['status']}"
+    return _ends_well(victim)
 
 
 def _stop_rank(victim: Victim, fault: Fault) -> str:
     ranks = victim.ranks()
     os.kill(ranks[fault.draw % len(ranks)], signal.SIGTERM)
+    return _ends_well(victim)
+
+
+def _ends_well(victim: Victim) -> str:
+    """After it was asked to: saved, or done already."""
     code = victim.ended()
     assert (code, _result(victim)["status"]) in ((75, "preempted"), (0, "done")), (code, victim.said[-1])
     return f"code {code}, {_result(victim)['status']}"

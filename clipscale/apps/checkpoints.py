@@ -9,7 +9,7 @@ import rich.console
 import rich.table
 import torch
 
-from clipscale.apps.export import LOADING
+from clipscale.apps.export import LOADING, check_new
 from clipscale.checkpoint.checkpointer import DAMAGED
 from clipscale.checkpoint.export import write_safetensors
 from clipscale.checkpoint.loading import copy_tokenizer, find_checkpoint, load_model, place_of
@@ -53,8 +53,7 @@ def average(paths: Sequence[Path], out: Path) -> None:
     """
     if len(paths) < 2:
         raise ConfigError("the mean of one checkpoint is that one; name two or more")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} holds something already; choose a new directory")
+    check_new(out)
     model, config = load_model(paths[0])
     total = {name: tensor.double() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     for path in paths[1:]:

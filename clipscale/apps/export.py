@@ -78,6 +78,12 @@ logits = told["logit_scale"] * image @ text.T + (told["logit_bias"] or 0)
 }
 
 
+def check_new(out: Path) -> None:
+    """Raise ConfigError where ``--out`` holds anything."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} holds something already; choose a new directory")
+
+
 def export(run: Path, to: str, out: Path) -> None:
     """Write a run or checkpoint to the directory ``out``: averaged weights where the run kept an average.
 
@@ -86,8 +92,7 @@ def export(run: Path, to: str, out: Path) -> None:
     """
     if to not in WRITERS:
         raise ConfigError(f"--to {to}: choose from {', '.join(WRITERS)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} holds something already; choose a new directory")
+    check_new(out)
     path, config = find_checkpoint(run)
     if config.model.classes is not None and to != "safetensors":
         raise ConfigError(

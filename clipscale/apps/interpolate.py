@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from clipscale.apps.export import LIBRARIES, LOADING, head_summary
+from clipscale.apps.export import LIBRARIES, LOADING, check_new, head_summary
 from clipscale.checkpoint.export import write_safetensors
 from clipscale.checkpoint.interop import State
 from clipscale.checkpoint.loading import copy_tokenizer, find_checkpoint, load_tokenizer
@@ -51,8 +51,7 @@ def interpolate(first: str, second: str, alphas: Sequence[float], out: Path, cla
     names = [f"alpha_{alpha:g}" for alpha in alphas]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"--alpha: two models would be {out / twice}; give numbers that differ in six digits")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} holds something already; choose a new directory")
+    check_new(out)
     ends = [_find(where) for where in (first, second)]
     known = [end for end in ends if isinstance(end, _Own)]
     if not known:

@@ -114,6 +114,12 @@ def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         raw.write(text.encode())
 
 
+def append_of_rank(path: Path, folder: str, rank: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append JSON lines to ``RUN/folder/rank*.jsonl``, of which each rank has its own."""
+    (path / folder).mkdir(exist_ok=True)
+    append_rows(path / folder / f"rank{rank}.jsonl", rows)
+
+
 def count_events(path: Path, event: str) -> int:
     """How often an event is in the run's ``events.jsonl``."""
     try:

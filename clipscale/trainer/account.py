@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from clipscale.checkpoint import Saved
 from clipscale.config import Config
-from clipscale.config.rundir import append_rows, log_event
+from clipscale.config.rundir import append_of_rank, log_event
 from clipscale.data.accounting import BadSamples, over_budget, worst_shard
 from clipscale.data.loader import Batch
 from clipscale.distributed.collectives import total, world_size
@@ -46,19 +46,16 @@ class Account:
 
     def add(self, batch: Batch, saved: Saved) -> None:
         """Count a batch of this rank, by which ``saved`` has moved on."""
+        rank, world = self._runtime.rank, self._runtime.world
         self._fresh += torch.tensor([len(batch.bad), batch.truncated])
         self._bad.add(batch.bad)
         if batch.bad:
             row = {"attempt": self._attempt, "samples_seen": saved.samples_seen}
-            self._append("bad_samples", [row | {"key": key, "reason": reason} for reason, key in batch.bad])
+            rows = [row | {"key": key, "reason": reason} for reason, key in batch.bad]
+            append_of_rank(self._path, "bad_samples", rank, rows)
         if self._config.data.trace:
-            rank, world = self._runtime.rank, self._runtime.world
             row = {"attempt": self._attempt, "step": saved.step, "rank": rank, "world_size": world}
-            self._append("trace", [row | {"keys": batch.keys}])
-
-    def _append(self, folder: str, rows: list[dict[str, Any]]) -> None:
-        (self._path / folder).mkdir(exist_ok=True)
-        append_rows(self._path / folder / f"rank{self._runtime.rank}.jsonl", rows)
+            append_of_rank(self._path, "trace", rank, [row | {"keys": batch.keys}])
 
     def totals(self, saved: Saved) -> tuple[int, int]:
         """Bad samples and cut captions of the whole run, over all ranks."""

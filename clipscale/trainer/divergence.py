@@ -11,7 +11,7 @@ import torch
 
 from clipscale.checkpoint import Saved
 from clipscale.config import Config
-from clipscale.config.rundir import append_rows, log_event
+from clipscale.config.rundir import append_of_rank, log_event
 from clipscale.data.loader import Batch
 from clipscale.distributed.collectives import gather
 from clipscale.distributed.runtime import Runtime
@@ -120,14 +120,12 @@ class Divergence:
         )
 
     def _name(self, steps: list[_Trained], reason: str) -> None:
-        folder = self._path / "diverged"
-        folder.mkdir(exist_ok=True)
         rows = [
             {"attempt": self._attempt, "step": one.step, "samples_seen": one.samples_seen, "key": key, "reason": reason}
             for one in steps
             for key in one.keys
         ]
-        append_rows(folder / f"rank{self._runtime.rank}.jsonl", rows)
+        append_of_rank(self._path, "diverged", self._runtime.rank, rows)
 
     def _tell(self, event: str, **details: object) -> None:
         if self._runtime.is_main:
