@@ -30,13 +30,9 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from benchmarks.step import Ours, Pairs, Theirs, configure  # noqa: E402
 from clipscale.config import Config  # noqa: E402
 from clipscale.errors import ClipscaleError, ConfigError  # noqa: E402
+from clipscale.hardware import TERA, find  # noqa: E402
 from clipscale.models.flops import NOMINAL, Execution, flops  # noqa: E402
 
-# Dense bf16 TFLOP/s by a word in the device's name, from NVIDIA's data sheets; the first that fits counts.
-PEAKS = {
-    "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "A100": 312,
-    "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10": 125, "RTX 4090": 165,
-}  # fmt: skip
 HEADING = "## Measured"
 SIDES = ("clipscale", "clipscale, compiled", "open_clip", "open_clip, compiled")
 
@@ -58,11 +54,13 @@ class Row:
 
 
 def peak_of(name: str, given: float | None) -> float:
-    """TFLOP/s of a device. Raises ConfigError where neither the table nor the user knows."""
-    found = given or next((peak for word, peak in PEAKS.items() if word in name), None)
-    if found is None:
-        raise ConfigError(f"{name}: its peak is not known; give --peak-tflops, of dense bf16 products")
-    return float(found)
+    """Dense bf16 TFLOP/s of a device. Raises ConfigError where neither the catalogue nor the user knows."""
+    if given is not None:
+        return given
+    try:
+        return find(name).peak["bf16"] / TERA
+    except ConfigError:
+        raise ConfigError(f"{name}: its peak is not known; give --peak-tflops, of dense bf16 products") from None
 
 
 def build(side: str, config: Config, device: str) -> Ours | Theirs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Sequence
 
 
 class ExitCode(enum.IntEnum):
@@ -49,6 +50,14 @@ class ClipscaleError(Exception):
 
 class ConfigError(ClipscaleError):
     """A configuration that cannot be run."""
+
+    @classmethod
+    def of(cls, mistakes: Sequence[str]) -> ConfigError:
+        """One error of one mistake or several."""
+        mistakes = list(dict.fromkeys(mistakes))
+        if len(mistakes) == 1:
+            return cls(mistakes[0])
+        return cls(f"{len(mistakes)} mistakes:" + "".join(f"\n  - {line}" for line in mistakes))
 
 
 class DataError(ClipscaleError):

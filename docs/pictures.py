@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import torch
 
 import clipscale
-from clipscale.checkpoint.loading import find_checkpoint
+from clipscale.checkpoint import find_checkpoint
+from clipscale.data.collections import Shards
 from clipscale.data.evalset import EvalItem, EvalSet
 from clipscale.data.manifest import expand_shards
 from clipscale.data.samples import find_captions
@@ -53,7 +54,7 @@ def retrieval(run: Path, out: Path) -> None:
     data = place_data(config.data, Runtime(0, 1, 0, torch.device("cpu")))
     files = expand_shards(data.val.shards, data.root, "data.val.shards", build_store(config))
     fields = (lambda sample: find_captions(sample, data.caption_key)[0],)
-    items = EvalSet(files, data.image_keys, config.model.vision, data.max_pixels, fields)
+    items = EvalSet(Shards(files), data.image_keys, config.model.vision, data.max_pixels, fields)
     held_out = [item for item in items.read(0, len(items)) if isinstance(item, EvalItem)]
     asked = [i * len(held_out) // QUERIES for i in range(QUERIES)]
     with torch.no_grad():

@@ -11,16 +11,7 @@ set -euo pipefail
 GPUS=${GPUS:-$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)}
 if [ "$GPUS" -eq 0 ]; then GPUS=1; fi
 NODES=${NODES:-1}
-
-# Without this a restarted rank can meet the address of its dead peer in the agent's store.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-
-# What a signalled rank has to finish its step and save: torchrun's own 30 s are short, but old versions know no other.
-torch=$(python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])' || true)
-grace=()
-if grep -qs -- --shutdown-timeout "$torch/distributed/run.py"; then grace=(--shutdown-timeout=600); fi
 
 if [ "$NODES" = 1 ]; then
   rendezvous=(--standalone)
@@ -28,5 +19,5 @@ else
   : "${HEAD:?set HEAD=host:port, the same on all nodes}"
   rendezvous=(--nnodes="$NODES" --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${RUN_ID:-clipscale}")
 fi
-exec torchrun "${rendezvous[@]}" ${grace[@]+"${grace[@]}"} --max-restarts="${MAX_RESTARTS:-3}" \
-  --nproc-per-node="$GPUS" -m clipscale.train "$@"
+exec python -m clipscale.launch.node "${rendezvous[@]}" --max-restarts="${MAX_RESTARTS:-3}" \
+  --nproc-per-node="$GPUS" -- "$@"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.runs import kill_everything, losses
+from tests.runs import events, kill_everything, last_step
 from tests.tracker import tracker
 
 BATCH, EVERY, STEPS = 32, 6, 60  # samples a step, steps between checkpoints, steps of a run
@@ -28,6 +28,8 @@ KINDS = {
     "kill a rank": 4, "kill the agent": 3, "SIGTERM": 3, "SIGTERM to a rank": 2, "SIGSTOP a rank": 2, "disk full": 3,
     "flip a byte": 3, "truncate a file": 3, "remove a file": 3, "kill all": 3, "W&B dies": 2,
 }  # fmt: skip
+
+OF_ONE_RANK = ("kill a rank", "SIGSTOP a rank", "SIGTERM to a rank")  # of a run that has several
 
 
 class Fault(NamedTuple):
@@ -46,7 +48,10 @@ def draw_faults(seed: int, count: int) -> list[Fault]:
     while len(kinds) < count:
         kinds += draw.choices(list(KINDS), weights=list(KINDS.values()), k=1)
     draw.shuffle(kinds)
-    return [Fault(kind, draw.choice((1, 2, 2)), draw.randint(1, 9), draw.getrandbits(32)) for kind in kinds[:count]]
+    return [
+        Fault(kind, 2 if kind in OF_ONE_RANK else draw.choice((1, 2, 2)), draw.randint(1, 9), draw.getrandbits(32))
+        for kind in kinds[:count]
+    ]
 
 
 def recipe(runs: Path, data: list[str]) -> list[str]:
@@ -88,16 +93,11 @@ class Victim:
 
     def step(self) -> int:
         """The last step in ``metrics.jsonl``."""
-        try:
-            return max(losses(self.path), default=0) // BATCH
-        except (FileNotFoundError, ValueError):  # it is being rewound
-            return 0
+        return last_step(self.path, BATCH)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Lines of ``events.jsonl``."""
-        file = self.path / "events.jsonl"
-        rows = map(json.loads, file.read_text().splitlines() if file.exists() else ())
-        return [row for row in rows if row["event"] == kind]
+        return events(self.path, kind)
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks that train, in their order; of a run alone, its own."""
@@ -137,6 +137,8 @@ class Victim:
 def strike(victim: Victim, fault: Fault) -> str:
     """Let a fault happen to a run that is under way, or is started for it. Returns what came of it."""
     starts = len(victim.events("started"))
+    if fault.kind in OF_ONE_RANK and victim.world != fault.world:
+        victim.kill()  # it goes on with as many as the fault is for
     if victim.process is None or victim.process.poll() is not None:
         victim.start(fault.world)
         starts += 1
@@ -156,8 +158,6 @@ def _goes_on(victim: Victim, how: str) -> str:
 
 
 def _kill_rank(victim: Victim, fault: Fault) -> str:
-    if victim.world == 1:
-        return _kill_all(victim, fault)
     ranks = victim.ranks()
     number = fault.draw % len(ranks)
     os.kill(ranks[number], signal.SIGKILL)
@@ -196,15 +196,15 @@ def _ends_well(victim: Victim) -> str:
 
 
 def _freeze(victim: Victim, fault: Fault) -> str:
-    if victim.world == 1:
-        return _kill_all(victim, fault)
     ranks = victim.ranks()
     number = fault.draw % len(ranks)
     os.kill(ranks[number], signal.SIGSTOP)
     found = _goes_on(victim, f"rank {number} frozen")
-    stacks = sorted(file.name for file in (victim.path / "logs").glob("*.stacks.txt"))
-    assert stacks, "the watchdog of the others wrote nothing"
-    return f"{found}; {', '.join(stacks)}"
+    logs = victim.path / "logs"
+    told = [file.name for file in logs.glob("*.stacks.txt")]  # the watchdog of the others; or, in a save, the time-out
+    told += [file.name for file in logs.glob("rank*.log") if "does not answer" in file.read_text()]
+    assert told, "the others noticed nothing"
+    return f"{found}; {', '.join(sorted(told))}"
 
 
 def _fill_disk(victim: Victim, fault: Fault) -> str:
@@ -258,6 +258,7 @@ def _lose_tracker(victim: Victim, fault: Fault) -> str:
         victim.wait_for(lambda: victim.step() >= goal)
         server.kill()
     assert victim.wait_for(lambda: victim.step() >= goal + 3)
+    assert any(victim.path.glob("wandb/run-*")), "it never was online"
     return f"went on from {goal * BATCH} to {victim.step() * BATCH}"
 
 

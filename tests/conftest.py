@@ -40,6 +40,14 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield directory
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with fresh weights, as a directory that every command takes."""
+    from tests.tiny import write_tiny  # imports torch
+
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
 def _pool(world: int) -> Iterator[Pool]:
     pool = Pool(world)
     yield pool

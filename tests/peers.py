@@ -14,7 +14,7 @@ from timm.models import register_model
 
 from clipscale.config import load_group
 from clipscale.config.model import Activation, ImageProjection, Model, ResizeMode, Text, Vision
-from clipscale.models import CLIP
+from clipscale.models import CLIP, build_model
 from clipscale.models.vision import TIMM_ACTIVATIONS
 
 # Small ones of each kind of image tower, as open_clip says them and as we do.
@@ -58,7 +58,7 @@ def small(name: str) -> tuple[CLIP, Any]:
         torch.manual_seed(0)
         other = open_clip.CLIP(128, vision, text, quick_gelu=name.endswith("quickgelu")).eval()
     scramble(other)
-    return CLIP(config).eval(), other
+    return build_model(config).eval(), other
 
 
 def hf_model(activation: str = "quick_gelu") -> Any:

@@ -9,11 +9,10 @@ import rich.console
 import rich.table
 import torch
 
-from clipscale.apps.export import LOADING, check_new
+from clipscale.apps.export import LOADING, check_new, write_own
 from clipscale.checkpoint.checkpointer import DAMAGED
-from clipscale.checkpoint.export import write_safetensors
-from clipscale.checkpoint.loading import copy_tokenizer, find_checkpoint, load_model, place_of
 from clipscale.checkpoint.manifest import MANIFEST, DamagedError, Stored
+from clipscale.checkpoint.own import find_checkpoint, load_own, place_of
 from clipscale.checkpoint.places import CHECKPOINTS, PINNED, checkpoints_in, is_checkpoint
 from clipscale.config import Config, load_config
 from clipscale.config.compose import override
@@ -54,10 +53,10 @@ def average(paths: Sequence[Path], out: Path) -> None:
     if len(paths) < 2:
         raise ConfigError("the mean of one checkpoint is that one; name two or more")
     check_new(out)
-    model, config = load_model(paths[0])
+    model, config = load_own(paths[0])
     total = {name: tensor.double() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     for path in paths[1:]:
-        other, its = load_model(path)
+        other, its = load_own(path)
         if its.model != config.model:
             raise ConfigError(f"{path} is another model than {paths[0]}; only weights of the same one have a mean")
         for name, tensor in other.state_dict().items():
@@ -67,10 +66,7 @@ def average(paths: Sequence[Path], out: Path) -> None:
     with torch.no_grad():
         for name, summed in total.items():
             state[name].copy_(summed / len(paths))
-    out.mkdir(parents=True, exist_ok=True)
-    write_safetensors(model, config, out)
-    copy_tokenizer(find_checkpoint(paths[0])[0], out)
-    (out / "README.md").write_text(_card(config, paths, out))
+    write_own(model, config, find_checkpoint(paths[0])[0], out, _card(config, paths, out))
     print(f"{out}: the mean of {len(paths)} checkpoints")
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from clipscale import __version__
-from clipscale.checkpoint.export import WRITERS
-from clipscale.checkpoint.loading import copy_tokenizer, find_checkpoint, load_model
+from clipscale.apps.audit.card import audit_section
+from clipscale.checkpoint.export import WRITERS, write_safetensors
 from clipscale.checkpoint.manifest import MANIFEST
+from clipscale.checkpoint.own import copy_tokenizer, find_checkpoint, load_own
 from clipscale.checkpoint.places import local
+from clipscale.checkpoint.pretrained import LIBRARIES
 from clipscale.config import Config
 from clipscale.config.data import Builtin
 from clipscale.config.hub import shareable
@@ -18,9 +22,19 @@ from clipscale.config.model import model_summary
 from clipscale.config.rundir import read_result
 from clipscale.data.tokenizer import shareable_name
 from clipscale.errors import ClipscaleError, ConfigError
+from clipscale.models import CLIP
 
 LIBRARY = {"open_clip": "open_clip", "hf": "transformers", "safetensors": "clipscale", "onnx": "onnx"}
-LIBRARIES = ("open_clip:", "hf:", "timm:")  # weights that others publish, named in cards as they are
+
+INTENDED = """\
+To be written by who publishes this model: what it was made for, by whom it may be used, and what is out of scope.
+Whatever that is: do not let a similarity of this model decide about people, and do not use it for surveillance or to
+tell who somebody is.
+"""
+NOT_AUDITED = """\
+Not measured: `clipscale audit` compares accuracy and labels between groups, `clipscale export --audit` puts it here.
+To be added by who publishes this model: whom the training images and captions show, and how they were filtered.
+"""
 
 # Blocks that fill a directory with the name OUT stands for.
 LOADING = {
@@ -84,8 +98,9 @@ def check_new(out: Path) -> None:
         raise ConfigError(f"--out {out} holds something already; choose a new directory")
 
 
-def export(run: Path, to: str, out: Path) -> None:
-    """Write a run or checkpoint to the directory ``out``: averaged weights where the run kept an average.
+def export(run: Path, to: str, out: Path, audit: Path | None = None) -> None:
+    """Write a run or checkpoint to the directory ``out``: averaged weights where the run kept an average. The card
+    tells of ``audit``, what ``clipscale audit --json`` printed.
 
     Raises ClipscaleError for a path that is no run, a format that there is not or that cannot hold this model, and a
     directory that holds something.
@@ -93,26 +108,42 @@ def export(run: Path, to: str, out: Path) -> None:
     if to not in WRITERS:
         raise ConfigError(f"--to {to}: choose from {', '.join(WRITERS)}")
     check_new(out)
+    audited = audit_section(audit) if audit else NOT_AUDITED
     path, config = find_checkpoint(run)
     if config.model.classes is not None and to != "safetensors":
         raise ConfigError(
             f"--to {to} has no place for the head of {run}, which tells {len(config.model.classes)} classes apart; use "
             "--to safetensors"
         )
-    model, config = load_model(path)
-    made = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    model, config = load_own(path)
+    with filling(out):
         WRITERS[to](model, config, out)
         if to == "safetensors":
             copy_tokenizer(path, out)
-        (out / "README.md").write_text(model_card(path, config, to, out.resolve().name))
+        (out / "README.md").write_text(model_card(path, config, to, out.resolve().name, audited))
+    print(f"{out}: {config.model.name} for {LIBRARY[to]}; README.md says how to load it")
+
+
+def write_own(model: CLIP, config: Config, checkpoint: Path, out: Path, card: str) -> None:
+    """Write weights that were made of others' as ``--to safetensors`` does, with the tokenizer of a checkpoint."""
+    with filling(out):
+        write_safetensors(model, config, out)
+        copy_tokenizer(checkpoint, out)
+        (out / "README.md").write_text(card)
+
+
+@contextmanager
+def filling(out: Path) -> Iterator[None]:
+    """What is written into ``out`` inside is there as a whole or not at all. Raises ClipscaleError where it cannot."""
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
     except BaseException as error:
         _empty(out, made)
         if isinstance(error, OSError):
             raise ClipscaleError(f"--out {out} cannot be written: {error.strerror}") from None
         raise
-    print(f"{out}: {config.model.name} for {LIBRARY[to]}; README.md says how to load it")
 
 
 def _empty(out: Path, made: bool) -> None:
@@ -124,8 +155,9 @@ def _empty(out: Path, made: bool) -> None:
             shutil.rmtree(file, ignore_errors=True) if file.is_dir() else file.unlink()
 
 
-def model_card(path: Path, config: Config, to: str, name: str) -> str:
-    """The model card of a checkpoint: what it is, its training, its numbers; no path, host or secret."""
+def model_card(path: Path, config: Config, to: str, name: str, audited: str = NOT_AUDITED) -> str:
+    """The model card of a checkpoint (after Mitchell et al. 2019): what it is, its training, its numbers, its biases as
+    ``audited``; no path, host or secret."""
     title = config.name or config.model.name
     loading = LOADING["hf, siglip" if to == "hf" and not config.model.text.causal else to]
     head = head_summary(config)
@@ -144,6 +176,9 @@ tags:
 
 A dual encoder of images and texts, {model_summary(config.model)}, trained with clipscale {__version__}{averaged}.{head}
 
+## Intended use
+
+{INTENDED}
 ## How to load it
 
 ```python
@@ -157,18 +192,20 @@ A dual encoder of images and texts, {model_summary(config.model)}, trained with 
 
 {_data(config) if _of_a_run(path) else "Not recorded."}
 
-## Results
+## Evaluation
 
 {_results(path)}
 
-## Biases and limits
+## Biases
 
-To be written by who publishes this model:
+{audited}
+## Limits
 
-- What it was made for, and what it should not be used for.
-- Whom and what the training images and captions show, in which languages, and how they were filtered.
-- On which groups and subjects it was measured, and where it fails.
-- A model like this repeats the associations of its captions; do not let it decide about people.
+- It knows what its captions say, and repeats their associations. A high similarity is no evidence that a caption is
+  true.
+- Fine-grained classes, counting, and the order of words are what dual encoders are known to be weak at.
+- It was measured on the data named above; elsewhere its numbers are not known.
+- To be added by who publishes this model: languages, kinds of images, and subjects on which it fails.
 """
 
 

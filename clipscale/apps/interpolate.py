@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from clipscale.apps.export import LIBRARIES, LOADING, check_new, head_summary
-from clipscale.checkpoint.export import write_safetensors
+from clipscale.apps.export import LOADING, check_new, head_summary, write_own
 from clipscale.checkpoint.interop import State
-from clipscale.checkpoint.loading import copy_tokenizer, find_checkpoint, load_tokenizer
-from clipscale.checkpoint.pretrained import BIAS, HEAD, Pretrained, load_pretrained, read_pretrained
+from clipscale.checkpoint.loading import naming
+from clipscale.checkpoint.own import find_checkpoint, load_tokenizer
+from clipscale.checkpoint.pretrained import BIAS, HEAD, LIBRARIES, Pretrained, load_pretrained, read_pretrained
 from clipscale.config import Config
 from clipscale.data.io import resolve
 from clipscale.data.tokenizer import Tokenizer, shareable_name
@@ -65,13 +65,7 @@ def interpolate(first: str, second: str, alphas: Sequence[float], out: Path, cla
     for alpha, name in zip(alphas, names, strict=True):
         place = out if len(alphas) == 1 else out / name
         model.load_state_dict({name: _between(tensor, other[name], alpha) for name, tensor in one.items()})
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            write_safetensors(model, config, place)
-            copy_tokenizer(kept.checkpoint, place)
-            (place / "README.md").write_text(_card(config, alpha, first, second, place))
-        except OSError as error:
-            raise ClipscaleError(f"--out {place} cannot be written: {error.strerror}") from None
+        write_own(model, config, kept.checkpoint, place, _card(config, alpha, first, second, place))
         print(f"{place}: {1 - alpha:g} of {first}, {alpha:g} of {second}")
 
 
@@ -102,7 +96,7 @@ class _Middle:
     def read(self, end: _End) -> State:
         """The weights of one end in the names and shapes of the model, copied."""
         model, where = self.model, end.where
-        try:
+        with naming(where):
             found = read_pretrained(where)
             # Of a classifier, it is the same for all classes, and so none.
             if (BIAS in found.state) != (BIAS in model.state_dict()) and not isinstance(model, Classifier):
@@ -114,8 +108,6 @@ class _Middle:
             for name in model.state_dict():
                 if name not in found.state and name != BIAS and not name.startswith(HEAD):
                     raise ClipscaleError(f"{where} holds a part of the model alone, without {name}; name a whole model")
-        except ClipscaleError as error:
-            raise ClipscaleError(str(error).replace(f"init.weights={where}", where)) from None
         if isinstance(model, Classifier):
             self._read_head(model, end, found.state)
         return {name: tensor.clone() for name, tensor in model.state_dict().items()}

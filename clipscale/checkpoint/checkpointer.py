@@ -14,6 +14,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -32,11 +34,13 @@ from clipscale.checkpoint.writing import write
 from clipscale.config.data import Storage
 from clipscale.data.io import ShardStore, parent
 from clipscale.distributed.collectives import Group, rank, world_size
+from clipscale.distributed.runtime import SAVING_GROUP
 from clipscale.errors import ClipscaleError, DataError, SaveError
 
 T = TypeVar("T")
 log = logging.getLogger("clipscale")
 
+PATIENCE = timedelta(minutes=30)  # of ranks whose files are written for those whose files are not yet
 DAMAGED = "damaged.json"  # what the manifest of a damaged checkpoint becomes
 
 
@@ -48,6 +52,7 @@ class Checkpointer:
         keep_last: newest checkpoints that stay.
         store: what opens a remote place.
         scratch: local directory for what is on its way to a remote place.
+        behind: one that is so many steps old stays, too, for a run that has to go back so far.
     """
 
     def __init__(
@@ -56,11 +61,13 @@ class Checkpointer:
         keep_last: int,
         store: ShardStore | None = None,
         scratch: Path | None = None,
+        behind: int = 0,
     ) -> None:
-        self._place, self._keep_last = str(place), keep_last
+        self._place, self._keep_last, self._behind = str(place), keep_last, behind
         self._store, self._scratch = store or ShardStore(Storage()), scratch
         self._staging = Staging()
         self._group: Group = None
+        self._group_is_good = False
         self._save: _Background | None = None
         self.damaged: dict[str, str] = {}
         """What is wrong with the checkpoints that :meth:`newest` passed over, by name."""
@@ -164,19 +171,41 @@ class Checkpointer:
         self.wait()
         weights, moments = get_state_dict(model, optimizer)
         state = self._staging.copy({"model": weights, "optim": moments, "ema": dict(ema)})
-        if self._group is None and world_size() > 1:
-            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._renew_group()
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")  # for good: it is a thread's
         stored = Stored(f"{self._place}/step_{saved.step:08d}", self._store)
         now, group = copy.deepcopy(saved), self._group
         retire = partial(self._retire, now)
         self._save = _Background(lambda: write(stored, self._scratch, state, now, group, retire))
 
+    def _renew_group(self) -> None:
+        """Have a group for the next save: gloo's connections are of no use after an exchange that did not complete."""
+        if world_size() > 1 and not all(_everywhere(self._group_is_good)):
+            self._group = cast(
+                dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE, group_desc=SAVING_GROUP)
+            )
+            self._group_is_good = True
+
+    def amend(self, saved: Saved) -> None:
+        """Write what is now known of the run to the manifest of the step's checkpoint, if there is one; every rank
+        calls it, after :meth:`wait`."""
+        stored = Stored(f"{self._place}/step_{saved.step:08d}", self._store)
+        try:
+            if rank() == 0 and MANIFEST in self._store.names(stored.location):
+                manifest = replace(stored.manifest(), saved=copy.deepcopy(saved))
+                self._store.write(f"{stored.location}/{MANIFEST}", manifest.to_json().encode())
+        except (DataError, DamagedError) as error:  # what it said before is no less true
+            log.warning("%s does not say what is known since: %s", stored.location, error)
+
     def wait(self) -> None:
         """Wait until the save that is under way has ended. Raises SaveError, on all ranks, when it failed."""
         if self._save is not None:
             ended, self._save = self._save, None
-            ended.join()
+            try:
+                ended.join()
+            except SaveError:
+                self._group_is_good = False
+                raise
 
     def failure(self) -> str:
         """Why the last save failed, if it has ended by now; told once. Empty while all is well. Never waits."""
@@ -191,7 +220,7 @@ class Checkpointer:
     def _retire(self, newest: Saved) -> None:
         """Remove what is not to be kept, now that a newer one is finished. Main rank only."""
         try:
-            for old in superseded(self._place, self._store, self._keep_last, newest):
+            for old in superseded(self._place, self._store, self._keep_last, newest, self._behind):
                 self._forget(old)
         except DataError as error:  # the new one is there all the same
             log.warning("an old checkpoint stays: %s", error)

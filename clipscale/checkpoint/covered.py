@@ -1,10 +1,12 @@
-"""open_clip's model configurations as clipscale's, or why not."""
+"""Model configurations of open_clip and Hugging Face as clipscale's, or why not."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
+from clipscale.checkpoint.told import of_part
 from clipscale.config.model import Activation, ImageProjection, Model, Text, TextPool, Vision
 from clipscale.errors import ClipscaleError
 from clipscale.models.parts import RESNETS, VITS
@@ -34,6 +36,8 @@ _TEXT = {
 }
 # Values of further keys of an image tower, the only ones that clipscale's has, where they are set.
 _VISION_ALONE = {"pool_type": "tok", "pos_embed_type": "learnable"}
+# Those of timm whose MLPs have a width of their own, and one for the others.
+_SIGLIPS = {"base": "vit_base_patch16_siglip_224", "so400m": "vit_so400m_patch14_siglip_224"}
 NORM_EPS = 1e-5  # of timm's vit_*_clip_*
 
 
@@ -53,6 +57,55 @@ def model_of_open_clip(config: Mapping[str, Any], name: str = "model") -> Model:
     model = Model(name, config["embed_dim"], context, activation, vision, text)
     if text.activation is activation:
         text.activation = None
+    return model
+
+
+def model_of_hf(config: Mapping[str, Any], name: str) -> Model:
+    """The architecture of Hugging Face's CLIPModel or SiglipModel by its ``config.json``, without what
+    :func:`clipscale.checkpoint.told.told_by_hf` tells. Raises ClipscaleError for one that clipscale's towers cannot be.
+    """
+    text, vision = of_part(config, "text_config"), of_part(config, "vision_config")
+    siglip = config.get("model_type") == "siglip"
+    widths = (768, 768) if siglip else (512, 768)
+    width, wide = text.get("hidden_size", widths[0]), vision.get("hidden_size", widths[1])
+    dim = text.get("projection_size", width) if siglip else config.get("projection_dim", 512)
+    inner, deep = text.get("intermediate_size", 4 * widths[0]), vision.get("intermediate_size", 4 * widths[1])
+    tower = Text(
+        width=width, layers=text.get("num_hidden_layers", 12), heads=text.get("num_attention_heads", width // 64),
+        mlp_ratio=(inner + 0.5) / width,  # which is rounded down, and half a unit more survives the division
+        vocab_size=text.get("vocab_size", 32000 if siglip else 49408), proj_bias=siglip,
+    )  # fmt: skip
+    images = Vision(
+        timm=_timm_of(wide, deep, siglip), image_size=vision.get("image_size", 224),
+        patch_size=vision.get("patch_size", 16 if siglip else 32), width=wide,
+        layers=vision.get("num_hidden_layers", 12), heads=vision.get("num_attention_heads", 12),
+        proj=ImageProjection.none if siglip else ImageProjection.linear,
+    )  # fmt: skip
+    context = text.get("max_position_embeddings", 64 if siglip else 77)
+    return Model(name, dim, context, vision=images, text=tower)
+
+
+def _timm_of(width: int, mlp: int, siglip: bool) -> str:
+    """A ViT of timm whose MLPs are ``mlp`` wide at this width; patches, depth and heads are set beside it."""
+    kinds = [kind for kind, (own, _, _, inner) in VITS.items() if (own, inner) == (width, mlp)]
+    if not kinds and mlp != 4 * width:
+        raise ClipscaleError(f"it has a ViT of width={width} whose MLPs are {mlp} wide, which timm does not have")
+    if siglip:
+        return _SIGLIPS.get(kinds[0] if kinds else "base", _SIGLIPS["base"])
+    patch = 14 if kinds and kinds[0] in ("giant", "gigantic") else 16
+    return f"vit_{kinds[0] if patch == 14 else 'base'}_patch{patch}_clip_224"
+
+
+def with_told(model: Model, told: Mapping[str, Any]) -> Model:
+    """The same model with values of its keys, as :mod:`clipscale.checkpoint.told` has them."""
+    for key, value in told.items():
+        place, _, name = key.rpartition(".")
+        part: Any = getattr(model, place) if place else model
+        # An activation that a text tower shares with the images has no value of its own, and no type.
+        kind = Activation if name == "activation" else type(getattr(part, name))
+        setattr(part, name, kind(value) if issubclass(kind, Enum) else value)
+    if model.text.activation is model.activation:
+        model.text.activation = None
     return model
 
 
@@ -122,13 +175,8 @@ def _vision(tower: Mapping[str, Any], quick: bool) -> tuple[Vision, Activation]:
             raise ClipscaleError(f"its ResNet has head_width={tower['head_width']}; timm's have 64")
         return Vision(timm=found[0], image_size=size), Activation.quickgelu if quick else Activation.gelu
     hidden = int(width * tower.get("mlp_ratio", 4.0))
-    # Patches, depth and heads can be set; the MLP's width is that of a timm name.
-    kinds = [kind for kind, (own, _, _, mlp) in VITS.items() if (own, mlp) == (width, hidden)]
-    if not kinds and hidden != 4 * width:
-        raise ClipscaleError(f"it has a ViT of width={width} whose MLPs are {hidden} wide, which timm does not have")
-    patch = 14 if kinds and kinds[0] in ("giant", "gigantic") else 16
     vision = Vision(
-        timm=f"vit_{kinds[0] if patch == 14 else 'base'}_patch{patch}_clip_224", image_size=size,
+        timm=_timm_of(width, hidden, siglip=False), image_size=size,
         patch_size=tower.get("patch_size", 16), width=width, layers=layers, heads=width // tower.get("head_width", 64),
     )  # fmt: skip
     return vision, _of_gelu(tower, quick)

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from clipscale.checkpoint.interop import State, is_clip_resnet, is_clip_vit, is_siglip, to_hf, to_open_clip
-from clipscale.checkpoint.loading import EXPORTED, TOKENIZER
 from clipscale.checkpoint.onnx import write_graphs
+from clipscale.checkpoint.own import EXPORTED, TOKENIZER
 from clipscale.checkpoint.pretrained import HF_CONFIG, HF_IMAGES, OPEN_CLIP_CONFIG
 from clipscale.checkpoint.told import HF_ACTIVATIONS, tell
 from clipscale.config import Config, save_config

@@ -1,118 +1,95 @@
-"""A trained model, ready for use."""
+"""A model ready for use: of a run, or of another library."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from clipscale.checkpoint.checkpointer import read_tensors
-from clipscale.checkpoint.files import read_file
-from clipscale.checkpoint.manifest import MANIFEST
-from clipscale.checkpoint.places import CHECKPOINTS, fetch, finished_in, home, local
-from clipscale.config import Config, load_config
-from clipscale.data.io import REMOTE, ShardStore
+from clipscale.checkpoint.own import find_checkpoint, load_own, load_tokenizer
+from clipscale.checkpoint.pretrained import (
+    BIAS,
+    architecture,
+    is_library,
+    load_pretrained,
+    read_pretrained,
+)
+from clipscale.config import Config
+from clipscale.config.optim import LossName
 from clipscale.data.samples import preprocess
 from clipscale.data.tokenizer import Tokenizer, build_tokenizer
-from clipscale.errors import ClipscaleError
+from clipscale.errors import ClipscaleError, ConfigError
 from clipscale.models import CLIP, build_model
 
-EXPORTED = "model.safetensors"  # beside config.yaml: weights under our own names
-FETCHED = "fetched"  # in a run's directory: copies of its remote checkpoints
-TOKENIZER = "tokenizer"  # beside config.yaml: a tokenizer that is not part of a library
+WHERE = "a run, a checkpoint, open_clip:NAME/TAG, hf:NAME, or the path of weights or of an exported directory"
 
 
-def load(
-    run_or_checkpoint: str | Path, device: str = "cpu"
-) -> tuple[CLIP, Callable[[Image.Image], torch.Tensor], Tokenizer]:
-    """What a run trained, as ``(model, preprocess, tokenizer)``; the averaged weights where the run kept an average.
+def load(where: str | Path, device: str = "cpu") -> tuple[CLIP, Callable[[Image.Image], torch.Tensor], Tokenizer]:
+    """A trained model, as ``(model, preprocess, tokenizer)``; the averaged weights where a run kept an average.
 
+    ``where`` is a run or a checkpoint, or else what ``init.weights`` takes of a whole model: ``open_clip:NAME/TAG``,
+    ``hf:ORGANISATION/NAME``, a file of weights, a directory that open_clip, Hugging Face or clipscale wrote.
     ``model.encode_image(preprocess(picture)[None])`` and ``model.encode_text(tokenizer(["a caption"]))`` give
     Float[1, D]; ``normalize=True`` gives unit vectors. ``preprocess`` takes a PIL image to UInt8[3, S, S].
 
-    Raises ClipscaleError when there is no finished checkpoint.
+    Raises ClipscaleError, in one line, when it is not there, cannot be downloaded, or is no model of clipscale's kind.
     """
-    model, config = load_model(run_or_checkpoint)
+    model, config, tokenizer = open_model(where)
     model.eval().to(device)
-    tokenizer = load_tokenizer(find_checkpoint(Path(run_or_checkpoint))[0], config)
     vision = config.model.vision
     return model, partial(preprocess, size=vision.image_size, mode=vision.resize_mode), tokenizer
 
 
-def load_tokenizer(checkpoint: Path, config: Config) -> Tokenizer:
-    """The tokenizer of a run, by what :func:`find_checkpoint` gives."""
-    return build_tokenizer(config.tokenizer, config.model, stored_tokenizer(checkpoint))
+def load_model(where: str | Path) -> tuple[CLIP, Config]:
+    """A trained model, on the CPU, and its configuration, which of another library's says the model and the tokenizer;
+    else as :func:`load`."""
+    if is_library(str(where)):
+        return open_model(where)[:2]
+    with _accepting(where):
+        return load_own(where)
 
 
-def stored_tokenizer(checkpoint: Path) -> Path:
-    """Where the run of a checkpoint has its tokenizer, if it keeps one."""
-    run = checkpoint if (checkpoint / EXPORTED).exists() else checkpoint.parent.parent
-    return run / TOKENIZER
+def open_model(where: str | Path) -> tuple[CLIP, Config, Tokenizer]:
+    """What :func:`load_model` gives, and the tokenizer."""
+    if is_library(str(where)):
+        with naming(str(where)):
+            return _of_library(str(where))
+    with _accepting(where):
+        path, config = find_checkpoint(Path(where))
+    return load_own(path)[0], config, load_tokenizer(path, config)
 
 
-def copy_tokenizer(checkpoint: Path, out: Path) -> None:
-    """Put the tokenizer that the run of a checkpoint keeps, if it does, beside what is written of it."""
-    if stored_tokenizer(checkpoint).is_dir():
-        shutil.copytree(stored_tokenizer(checkpoint), out / TOKENIZER)
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """What is wrong with weights is said of ``where``, which is no value of ``init.weights`` here."""
+    try:
+        yield
+    except ClipscaleError as error:
+        raise ClipscaleError(str(error).replace(f"init.weights={where}", where)) from None
 
 
-def load_model(run_or_checkpoint: str | Path) -> tuple[CLIP, Config]:
-    """What a run trained, on the CPU, and its configuration; else as :func:`load`."""
-    path, config = find_checkpoint(Path(run_or_checkpoint))
-    model = build_model(config.model, seed=config.seed, logit_bias=config.loss.first_bias)
-    if (path / EXPORTED).exists():
-        state = read_file(path / EXPORTED)
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            first = str(error).strip().splitlines()[1:2] or [str(error)]
-            raise ClipscaleError(
-                f"{path / 'config.yaml'} is not of the weights beside it: {first[0].strip()}"
-            ) from None
-        return model, config
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
-    if config.ema.decay is not None:
-        read_tensors(local(path), {"ema": weights, "model": buffers})
-    else:
-        read_tensors(local(path), {"model": weights | buffers})
-    return model, config
+@contextmanager
+def _accepting(where: str | Path) -> Iterator[None]:
+    """Where there is nothing at all, say what could be."""
+    if not Path(where).exists():
+        raise ConfigError(f"{where} does not exist; name {WHERE}")
+    yield
 
 
-def find_checkpoint(path: Path) -> tuple[Path, Config]:
-    """A checkpoint and the configuration of its run, from a run directory or a checkpoint directory.
-
-    What `clipscale export --to safetensors` wrote is both.
-    """
-    run = path if (path / "config.yaml").exists() else path.parent.parent
-    if not (run / "config.yaml").exists():
-        raise ClipscaleError(
-            f"{path} is neither a run directory nor a checkpoint: {run / 'config.yaml'} does not exist"
-        )
-    if run == path and (path / EXPORTED).exists():
-        return path, load_config(path / "config.yaml")
-    config = load_config(run / "config.yaml")
-    found = path if run != path else _newest_of(run, config)
-    if found is None or not (found / MANIFEST).exists():
-        raise ClipscaleError(f"{path} has no finished checkpoint yet; train it first: clipscale train")
-    return found, config
-
-
-def _newest_of(run: Path, config: Config) -> Path | None:
-    """The newest checkpoint of a run, wherever it keeps them; a remote one is copied into the run's directory."""
-    place = place_of(run, config)
-    found = finished_in(place, ShardStore(config.storage))
-    if found and place.startswith(REMOTE):
-        return fetch(found[0], run / FETCHED)
-    return Path(found[0].location) if found else None
-
-
-def place_of(run: Path, config: Config) -> str:
-    """The directory or remote prefix of a run's checkpoints; the run's directory may have been moved."""
-    if config.checkpoint.dir is None or (run / CHECKPOINTS).is_dir():
-        return str(run / CHECKPOINTS)
-    return f"{home(config)}/{CHECKPOINTS}"
+def _of_library(where: str) -> tuple[CLIP, Config, Tokenizer]:
+    if where.startswith("timm:"):
+        raise ConfigError(f"{where} is an image tower alone, which knows no captions; name {WHERE}")
+    found, config = read_pretrained(where), Config()
+    config.tokenizer.name = found.tokenizer_name
+    config.model = architecture(found)
+    if BIAS in found.state:
+        config.loss.name = LossName.siglip
+    model = build_model(config.model, logit_bias=config.loss.first_bias)
+    if without := [name for name in model.state_dict() if name not in found.state]:
+        raise ClipscaleError(f"{where} holds a part of a model alone, without {without[0]}; name a whole model")
+    load_pretrained(model, found)
+    return model, config, build_tokenizer(config.tokenizer, config.model)

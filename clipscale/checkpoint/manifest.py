@@ -32,6 +32,8 @@ class Saved:
     samples_seen: int = 0
     step: int = 0
     time_s: float = 0.0
+    spent: dict[str, float] = field(default_factory=dict)
+    """Of these seconds, those in which no step was made, by what was done instead."""
     positions: list[int] = field(default_factory=list)
     """Where each canonical stream stands after the last finished step."""
     fingerprint: str = ""
@@ -43,13 +45,21 @@ class Saved:
     best_step: int = 0
     """The step whose evaluation was the best so far by `checkpoint.best_metric`; 0 if none was made."""
     best_value: float = 0.0
+    objective: float = 0.0
+    """The best evaluation so far by `eval.objective`."""
+    objective_at: int = 0
+    """Samples seen at it; 0 if none was made."""
+    not_improved: int = 0
+    """Evaluations in a row since then that were not better."""
+    looked_at: int = 0
+    """Samples seen at the last evaluation that these two count."""
     kept_at: int = 0
     """Samples seen at the last checkpoint that is kept for good, which may be this one."""
     wandb_id: str = ""
     skipped: list[list[list[int]]] = field(default_factory=list)
     """Stretches of the order that are passed over, ``[starts, stops]`` with a position of each canonical stream."""
-    jump: list[int] = field(default_factory=list)
-    """A stretch to come, ``[step, *stops]``: it begins where that step ends."""
+    jumps: list[list[int]] = field(default_factory=list)
+    """Stretches to come, ``[step, *stops]`` each, the next one first: it begins where that step ends."""
     skipped_steps: int = 0
     rollbacks: int = 0
     bad_steps: list[int] = field(default_factory=list)

@@ -87,10 +87,12 @@ def finished_at(where: str, store: ShardStore) -> list[Stored]:
     return [Stored(where, store)] if MANIFEST in store.names(where) else []
 
 
-def superseded(place: str, store: ShardStore, keep_last: int, newest: Saved) -> Iterable[Stored]:
-    """What may go now that ``newest`` is finished: all but the last, the best, those kept for good and pinned ones."""
+def superseded(place: str, store: ShardStore, keep_last: int, newest: Saved, behind: int = 0) -> Iterable[Stored]:
+    """What may go now that ``newest`` is finished: all but the last, the best, those kept for good and pinned ones, the
+    newest that is ``behind`` steps old, and the oldest younger one, which will be."""
     finished = finished_in(place, store)
-    kept = {stored.name for stored in finished[:keep_last]}
+    younger = [stored for stored in finished if stored.step > newest.step - behind]
+    kept = {stored.name for stored in finished[:keep_last] + finished[len(younger) :][:1] + younger[-1:]}
     for old in checkpoints_in(place, store):
         is_best = old.step == newest.best_step
         if old.name not in kept and not is_best and not _is_for_good(old):

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clipscale.checkpoint.covered import model_of_open_clip
+from clipscale.checkpoint.covered import model_of_hf, model_of_open_clip, with_told
 from clipscale.checkpoint.files import read_file, read_json, read_weights, well_formed
 from clipscale.checkpoint.interop import OPENAI_EXTRAS, TRUNK, State, from_hf, from_open_clip
-from clipscale.checkpoint.loading import find_checkpoint, load_model, load_tokenizer
+from clipscale.checkpoint.own import find_checkpoint, load_own, load_tokenizer
 from clipscale.checkpoint.positions import fit_positions
-from clipscale.checkpoint.told import activation_of, of_channels, tell, told_by_hf, told_by_open_clip
+from clipscale.checkpoint.told import (
+    activation_of,
+    of_channels,
+    resize_by_hf,
+    tell,
+    told_by_hf,
+    told_by_open_clip,
+)
 from clipscale.checkpoint.trunk import download_timm, of_timm
 from clipscale.config import config_dir, load_group
 from clipscale.config.hub import asking_hub, fetch, unavailable
@@ -29,6 +37,7 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 HF_CONFIG = "config.json"
 HF_IMAGES = "preprocessor_config.json"
 BIAS, HEAD = "temperature.logit_bias", "head."
+LIBRARIES = ("open_clip:", "hf:", "timm:")  # before names of weights that others publish
 
 
 @dataclass(frozen=True)
@@ -42,11 +51,39 @@ class Pretrained:
     """Values of ``model.*`` keys, without that prefix, that weights do not show."""
     tokenizer: Tokenizer | None = None
     """Whose tokens its text tower reads, where the source holds that, too."""
+    tokenizer_name: str = "clip"
+    """As ``tokenizer.name`` says it."""
+    described: Callable[[], Model] | None = None
+    """Makes its architecture, where its source says that; raises ClipscaleError for one that clipscale has not."""
 
     @property
     def of_hf_text(self) -> bool:
         """Whether the text tower is one of Hugging Face's, as clipscale names it."""
         return any(name.startswith("text.transformer.") for name in self.state)
+
+
+def is_library(where: str) -> bool:
+    """Whether ``where`` names weights of another library, or a file, and no run, checkpoint or export of one."""
+    if where.startswith(LIBRARIES):
+        return True
+    path = Path(where)
+    return path.is_file() or any((path / name).exists() for name in (OPEN_CLIP_CONFIG, HF_CONFIG))
+
+
+def architecture(found: Pretrained) -> Model:
+    """The model that weights are of: as their source says it, or the option of ``model`` that has their shapes.
+
+    Raises ClipscaleError where clipscale has no such towers, or nothing tells.
+    """
+    if found.described is not None:
+        return with_told(found.described(), found.told)
+    option = _option_of(found)
+    if option is None:
+        raise ClipscaleError(
+            f"{found.where} does not say its architecture, and has shapes that no option of model has; give a "
+            f"directory with {OPEN_CLIP_CONFIG} or {HF_CONFIG}"
+        )
+    return with_told(load_group("model", option, Model), found.told)
 
 
 def read_pretrained(where: str) -> Pretrained:
@@ -166,15 +203,25 @@ def _check_values(model: CLIP, state: State, found: Pretrained) -> None:
 
 
 def _advise(found: Pretrained) -> str:
+    option = _option_of(found)
+    if option is not None:
+        return f"use model={option}"
+    return "no option of model has these shapes; set model.* keys to those of the weights"
+
+
+def _option_of(found: Pretrained) -> str | None:
+    """The option of ``model`` that has these shapes, and the activation as far as that is told."""
     shapes = {name: tensor.shape for name, tensor in found.state.items() if name != BIAS}
     for name in sorted(file.stem for file in (config_dir() / "model").glob("*.yaml")):
         config = load_group("model", name, Model)
         if config.activation.value != found.told.get("activation", Activation.gelu.value):
             continue
+        if shapes.get("text.token_embedding.weight") != (config.text.vocab_size, config.text.width):
+            continue  # building a large one takes a second, though it has no storage
         with torch.device("meta"):
             if {name: tensor.shape for name, tensor in CLIP(config).state_dict().items()} == shapes:
-                return f"use model={name}"
-    return "no option of model has these shapes; set model.* keys to those of the weights"
+                return name
+    return None
 
 
 def _check_told(model: CLIP, found: Pretrained) -> None:
@@ -222,7 +269,7 @@ def _open_clip(where: str) -> Pretrained:
     if tag not in tags:
         raise ClipscaleError(f"open_clip has no weights {tag!r} of {name}; choose from {', '.join(tags) or 'none'}")
     config = open_clip.get_model_config(name)
-    model_of_open_clip(config)  # refuses what cannot be loaded before it is downloaded
+    described = model_of_open_clip(config, name)  # refuses what cannot be loaded before it is downloaded
     logging.disable(logging.ERROR)  # open_clip logs what it then raises
     try:
         with asking_hub():
@@ -233,8 +280,10 @@ def _open_clip(where: str) -> Pretrained:
         logging.disable(logging.NOTSET)
     config["quick_gelu"] = activation_of(name, tag) == Activation.quickgelu.value
     told = told_by_open_clip({"model_cfg": config, "preprocess_cfg": model.visual.preprocess_cfg})
-    tokenizer = None if config["text_cfg"].get("hf_tokenizer_name") else _of_clip()
-    return Pretrained(where, from_open_clip(model.state_dict()), told, tokenizer)
+    state = from_open_clip(model.state_dict())
+    if not config["text_cfg"].get("hf_tokenizer_name"):
+        return Pretrained(where, state, told, _of_clip(), described=lambda: described)
+    return Pretrained(where, state, told, None, name, partial(_with_tokens, described, name))
 
 
 def _timm(where: str) -> Pretrained:
@@ -260,13 +309,15 @@ def _directory(where: str, path: Path) -> Pretrained:
     if (path / OPEN_CLIP_CONFIG).exists():
         config = read_json(path / OPEN_CLIP_CONFIG)
         with well_formed(OPEN_CLIP_CONFIG):
-            model_of_open_clip(config.get("model_cfg") or {})
+            described = model_of_open_clip(config.get("model_cfg") or {}, path.resolve().name)
             told = told_by_open_clip(config)
         tokenizer = _tokenizer_beside(path, config)
         if tokenizer is not None and not tokenizer.is_bpe:
             ids = {"text.eot_id": tokenizer.eot_id}
             told = ids | ({"text.pad_id": tokenizer.pad_id} if told["text.pad_to_context"] else {}) | told
-        return Pretrained(where, from_open_clip(read_weights(path, "open_clip_")), told, tokenizer)
+        name = "clip" if tokenizer is not None and tokenizer.is_bpe else f"{HF}{path}"
+        state = from_open_clip(read_weights(path, "open_clip_"))
+        return Pretrained(where, state, told, tokenizer, name, lambda: described)
     if (path / HF_CONFIG).exists():
         config = read_json(path / HF_CONFIG)
         with well_formed(HF_CONFIG):
@@ -275,11 +326,24 @@ def _directory(where: str, path: Path) -> Pretrained:
             images = read_json(path / HF_IMAGES)
             with well_formed(HF_IMAGES):
                 found = {key: of_channels(images.get(f"image_{key}")) for key in ("mean", "std")}
-            told |= {key: value for key, value in found.items() if value is not None}
+            told |= {key: value for key, value in found.items() if value is not None} | resize_by_hf(images)
         of_clip = config.get("model_type") == "clip" and told["text.eot_id"] == _of_clip().eot_id
-        return Pretrained(where, from_hf(read_weights(path, "")), told, _of_clip() if of_clip else None)
-    model, trained = load_model(path)
+        name = "clip" if of_clip else where if where.startswith(HF) else f"{HF}{path}"
+        return Pretrained(
+            where, from_hf(read_weights(path, "")), told, _of_clip() if of_clip else None, name,
+            lambda: _with_tokens(model_of_hf(config, path.resolve().name), name),
+        )  # fmt: skip
+    model, trained = load_own(path)
     return Pretrained(where, model.state_dict(), tell(model), load_tokenizer(find_checkpoint(path)[0], trained))
+
+
+def _with_tokens(model: Model, name: str) -> Model:
+    """The architecture with the ids that its tokenizer, by ``tokenizer.name``, ends and fills captions with."""
+    tokenizer = Tokenizer(name, model.context_length)
+    if not tokenizer.is_bpe:
+        model.text.eot_id = tokenizer.eot_id
+        model.text.pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else model.text.pad_id
+    return model
 
 
 def _tokenizer_beside(path: Path, config: Mapping[str, Any]) -> Tokenizer | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from clipscale.config.model import Activation, Model, TextPool, text_activation
+from clipscale.config.model import Activation, Model, ResizeMode, TextPool, text_activation
 from clipscale.errors import ClipscaleError
 from clipscale.models import CLIP
 from clipscale.models.hf import HFTextTower
@@ -72,6 +72,7 @@ def told_by_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
         else (_open_clip_activation(vision, quick) if vit else None),
         "mean": of_channels(images.get("mean")),
         "std": of_channels(images.get("std")),
+        "vision.resize_mode": images.get("resize_mode"),
         "text.heads": text.get("heads"),
         "text.activation": of_text,
         "text.norm_eps": (text.get("norm_kwargs") or {}).get("eps", 1e-5),
@@ -120,7 +121,7 @@ def told_by_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in ("clip", "siglip"):
         raise ClipscaleError(f"config.json says model_type={kind}; only clip and siglip can be loaded")
-    text, vision = (_part(config, name) for name in ("text_config", "vision_config"))
+    text, vision = (of_part(config, name) for name in ("text_config", "vision_config"))
     # Values that Hugging Face leaves out of old files are those of CLIP, or of SigLIP.
     heads, activation, eps = (8, "quick_gelu", 1e-5) if kind == "clip" else (12, "gelu_pytorch_tanh", 1e-6)
     if vision.get("layer_norm_eps", eps) != eps:
@@ -141,7 +142,15 @@ def told_by_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     return told | {"text.eot_id": text.get("vocab_size", 49408) - 1 if end == 2 else end}
 
 
-def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def resize_by_hf(images: Mapping[str, Any]) -> dict[str, Any]:
+    """How images become square, by a ``preprocessor_config.json``, as far as that says it."""
+    size = images.get("size")
+    if images.get("do_center_crop") or (isinstance(size, Mapping) and "shortest_edge" in size):
+        return {"vision.resize_mode": ResizeMode.shortest.value}
+    return {"vision.resize_mode": ResizeMode.squash.value} if isinstance(size, Mapping) and "height" in size else {}
+
+
+def of_part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A tower's part. Old files of CLIP have it twice, and transformers takes the second, and its own defaults."""
     older = config.get(f"{name}_dict") if config.get("model_type") == "clip" else None
     return (config.get(name) or {}) if older is None else older

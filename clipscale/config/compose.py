@@ -12,18 +12,27 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from clipscale.config.fields import leaves
 from clipscale.config.schema import Config
+from clipscale.config.validate import all_mistakes
 from clipscale.errors import ConfigError
 
 GROUPS = (
     "experiment", "model", "data", "tokenizer", "loss", "optim", "schedule", "precision",
     "parallel", "cluster", "checkpoint", "eval", "tracking",
 )  # fmt: skip
+
+ALIASES = {  # what other programs call them
+    "batch_size": "global_batch_size", "lr": "optim.lr", "learning_rate": "optim.lr", "epochs": "total_samples",
+    "wd": "optim.weight_decay", "warmup": "schedule.warmup_samples", "workers": "data.workers",
+    "nodes": "cluster.nodes",
+}  # fmt: skip
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -37,20 +46,66 @@ def config_dir() -> Path:
 def compose(overrides: Sequence[str], user_dir: str | None = None) -> tuple[Config, str]:
     """Compose the configuration without a command line.
 
-    ``user_dir`` is a tree of the user's own groups, searched before the packed one. Returns the configuration and
-    the name of its experiment. Raises ConfigError, in one line, for an unknown key, option or type.
+    ``user_dir`` is a tree of the user's own groups, beside the packed ones. Returns the configuration and
+    the name of its experiment. Raises ConfigError for unknown keys and options and wrong types, all of them at once,
+    and with them whatever else is wrong with the rest.
     """
-    search = [f"hydra.searchpath=[file://{Path(user_dir).absolute()}]"] if user_dir else []
+    if user_dir is not None and not Path(user_dir).is_dir():
+        raise ConfigError(f"--config-dir {user_dir}: there is no such directory")
+    left, mistakes = _readable(overrides)
+    cause: Exception | None = None
+    while True:
+        try:
+            found = _compose(left, user_dir)
+            break
+        except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+            cause = cause or error
+            text, key, meant = _explained(error, left)
+            mistakes.append(text)
+            culprit = next((o for o in left if key and o.split("=")[0].lstrip("+~") == key), None)
+            if culprit is None:  # nothing to go on without
+                raise ConfigError.of(mistakes) from cause
+            # What was meant is taken for given, so that it is not missed by what is said next.
+            left = [o for o in left if o is not culprit] + ([meant] if meant else [])
+    if mistakes:
+        raise ConfigError.of([*mistakes, *all_mistakes(found[0])]) from cause
+    return found
+
+
+def _readable(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides that Hydra's grammar can read, and what is wrong with the others."""
+    parser, left, mistakes = OverridesParser.create(), [], []
+    for given in overrides:
+        (quoted,) = quote_shards([given])
+        try:
+            read = parser.parse_override(quoted)
+        except HydraException:
+            mistakes.append(
+                f"{given} cannot be read; give KEY=VALUE, in quotes where it holds blanks, quotes or brackets"
+            )
+            continue
+        if read.key_or_group in GROUPS and not isinstance(read.value(), str | list) and not read.is_delete():
+            mistakes.append(f"{given}: name an option of the group {read.key_or_group}")
+        else:
+            left.append(given)
+    return left, mistakes
+
+
+def _compose(overrides: Sequence[str], user_dir: str | None) -> tuple[Config, str]:
+    search = [search_path(Path(user_dir))] if user_dir else []
     GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(str(config_dir().absolute()), version_base="1.3"):
-            full = hydra.compose("config", [*quote_shards(overrides), *search], return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error, overrides) from error
+    with hydra.initialize_config_dir(str(config_dir().absolute()), version_base="1.3"):
+        full = hydra.compose("config", [*quote_shards(overrides), *search], return_hydra_config=True)
     experiment = full.hydra.runtime.choices.get("experiment") or "custom"
     OmegaConf.set_struct(full, False)
     full.pop("hydra")
     return typed(full), experiment
+
+
+def search_path(place: Path) -> str:
+    """The override by which Hydra finds a tree of the user's own groups as well."""
+    quoted = str(place.absolute()).replace("\\", "\\\\").replace("'", "\\'")
+    return f"hydra.searchpath=['file://{quoted}']"
 
 
 def quote_shards(overrides: Sequence[str]) -> list[str]:
@@ -126,35 +181,52 @@ def unknown_option(group: str, option: str, options: Sequence[str]) -> ConfigErr
 
 def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """Turn what Hydra and OmegaConf raise into one line that names the key and the nearest right one."""
+    return ConfigError(_explained(error, overrides)[0])
+
+
+def _explained(error: Exception, overrides: Sequence[str]) -> tuple[str, str | None, str | None]:
+    """The line for the user, the key of the override that an error comes from, if one can be told, and the override
+    that seems to be meant."""
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return unknown_option(group, option, sorted(error.options))
+        near = _nearest(option, error.options)
+        return str(unknown_option(group, option, sorted(error.options))), group, near and f"{group}={near}"
     text = f"{error}\n{cause or ''}"
     named = re.search(r"full_key: (\S+)", text)
     key = getattr(cause, "full_key", None) or (named[1] if named else _key_of(text, overrides))
     where = re.match(r"In '([^']+)'", text)
     origin = f" (in {where[1]}.yaml)" if where else ""
-    if key and re.search(r"Key '.*' (is )?not in|Could not override", text) and key not in ALL_KEYS:
-        return ConfigError(f"{key}: no such key{_did_you_mean(key, ALL_KEYS)}{origin}")
-    lines = [line for line in str(cause or error).splitlines() if not line.startswith("In '")]
-    first = lines[0] if lines else type(error).__name__
-    return ConfigError(f"{key}: {first}{origin}" if key else first)
+    if key and re.search(r"Key '.*' (is )?not in|Could not (override|delete)", text) and key not in ALL_KEYS:
+        near = _nearest(key, ALL_KEYS)
+        value = next((o.partition("=")[2] for o in overrides if o.split("=")[0] == key), None)
+        meant = f"{near}={value}" if near and value else None
+        return f"{key}: no such key{_did_you_mean(key, ALL_KEYS)}{origin}", key, meant
+    lines = [line.strip() for line in str(cause or error).splitlines() if not line.startswith("In '")]
+    first = next(filter(None, lines), type(error).__name__)
+    return f"{key}: {first}{origin}" if key else first, key, None
 
 
 def _key_of(text: str, overrides: Sequence[str]) -> str | None:
-    named = re.search(r"Could not (?:override|append|delete) '?([\w.]+)'?", text)
+    named = re.search(r"Could not (?:override|append|delete from config\.) '?([\w.]+)'?", text)
     if named:
         return named[1]
     return next((o.split("=")[0].lstrip("+~") for o in overrides if o.split("=")[0].lstrip("+~") in text), None)
 
 
 def _did_you_mean(word: str, choices: Sequence[str]) -> str:
+    near = _nearest(word, choices)
+    return f"; did you mean {near}?" if near else ""
+
+
+def _nearest(word: str, choices: Sequence[str]) -> str | None:
+    if word in ALIASES:
+        return ALIASES[word]
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if not close:
         leaf = word.rpartition(".")[2]
         close = [choice for choice in choices if choice.rpartition(".")[2] == leaf]
-    return f"; did you mean {close[0]}?" if close else ""
+    return close[0] if close else None
 
 
 ALL_KEYS = (*(key for key, _, _ in leaves(Config)), *GROUPS)

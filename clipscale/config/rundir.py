@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import calendar
 import fcntl
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -36,10 +38,12 @@ def open_run(
     overrides: Sequence[str],
     world: int = 1,
     elsewhere: Callable[[Config], bytes | None] = lambda config: None,
+    again: bool = False,
 ) -> Run:
     """Create the run's directory, or join it if it exists, and record the configuration; ``world`` processes begin it.
 
-    ``elsewhere`` finds the configuration of a run that has begun on another machine.
+    ``elsewhere`` finds the configuration of a run that has begun on another machine. What the attempt before said of
+    its end stays where the same command is started ``again``.
 
     Raises ConfigError when the configuration cannot be run, when a fixed key differs from what the directory records,
     or when it cannot be written.
@@ -56,7 +60,8 @@ def open_run(
     recorded = run.path / "config.yaml"
     if run.path.is_dir():
         lock(run.path).close()  # a run that is being trained is left as it is
-        (run.path / "result.json").unlink(missing_ok=True)  # of an attempt before this one
+        if not again:
+            (run.path / "result.json").unlink(missing_ok=True)
     if recorded.exists() and count_events(run.path, "started"):  # one that never began may be corrected freely
         _join(run, load_config(recorded))
     elif config.checkpoint.dir is not None and (text := elsewhere(config)) is not None:
@@ -120,12 +125,34 @@ def append_of_rank(path: Path, folder: str, rank: int, rows: Sequence[Mapping[st
     append_rows(path / folder / f"rank{rank}.jsonl", rows)
 
 
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file of JSON lines, if there is one; a line that is none, or was cut by a kill, is left out."""
+    if file.exists():
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                with suppress(ValueError):
+                    if isinstance(row := json.loads(line), dict):
+                        yield row
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The rows of the run's ``events.jsonl`` that have a time and a name, oldest first."""
+    found = []
+    for row in read_rows(path / "events.jsonl"):
+        with suppress(ValueError, KeyError, TypeError):
+            unix_time(row["time"])
+            found.append(row | {"event": str(row["event"])})
+    return found
+
+
+def unix_time(text: str) -> float:
+    """Seconds since 1970 of a time as ``events.jsonl`` has it. Raises ValueError or TypeError for what is none."""
+    return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
+
+
 def count_events(path: Path, event: str) -> int:
     """How often an event is in the run's ``events.jsonl``."""
-    try:
-        return sum(f'"event": "{event}"' in line for line in (path / "events.jsonl").read_text().splitlines())
-    except FileNotFoundError:
-        return 0
+    return sum(row["event"] == event for row in read_events(path))
 
 
 def lock(path: Path) -> IO[str]:
@@ -143,6 +170,18 @@ def lock(path: Path) -> IO[str]:
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def is_busy(path: Path) -> bool:
+    """Whether a process holds the run's lock now."""
+    try:
+        with (path / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go as the file is closed
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def write_result(path: Path, status: str, exit_code: int, *, first: bool = False, **details: Any) -> bool:
@@ -167,6 +206,8 @@ def report(path: Path | None, text: str, code: ExitCode = ExitCode.FAILED) -> Ex
     """Tell why a run failed, on stderr and in ``result.json``, unless another rank has done so: the first to fail
     speaks for all, and its exit code, which is returned, is that of all."""
     try:
+        if path is not None and (before := read_result(path)) and before["status"] != "failed":
+            (path / "result.json").unlink(missing_ok=True)  # of an attempt before this one
         speaks = path is None or not path.is_dir() or write_result(path, "failed", code, first=True, error=text)
     except OSError:  # a full disk, and perhaps the very error
         speaks = True
@@ -174,6 +215,14 @@ def report(path: Path | None, text: str, code: ExitCode = ExitCode.FAILED) -> Ex
         print(f"error: {text}", file=sys.stderr, flush=True)
         return code
     return ExitCode((read_result(path) or {"exit_code": code})["exit_code"])
+
+
+def ended_on_purpose(path: Path) -> ExitCode | None:
+    """The exit code of a run whose error would come again; None of all others."""
+    result = read_result(path)
+    if result is None or result["status"] != "failed" or result["exit_code"] == ExitCode.FAILED:
+        return None
+    return ExitCode(result["exit_code"])
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from clipscale.config.fields import event, free
+from clipscale.config.fields import event, free, group
 
 RECOMPUTED = ("none", "selective", "full")
 """What `parallel.activation_checkpointing` may say beside a number of blocks."""
@@ -64,6 +64,67 @@ class Parallel:
     """`ddp` sends gradients as bf16, half as many bytes, and rounds each to 8 bits on its way."""
 
 
+class K8sKind(Enum):
+    """What Kubernetes is given."""
+
+    job = "job"
+    trainjob = "trainjob"
+
+
+@dataclass
+class Slurm:
+    """What a job is submitted with; null leaves it to the cluster."""
+
+    partition: str | None = free(None)
+    """Where it is queued."""
+    account: str | None = free(None)
+    """Who pays."""
+    qos: str | None = free(None)
+    """Quality of service."""
+    time: str | None = free(None)
+    """Limit of one go, as `12:00:00`; a run that is not done saves before, and is queued again."""
+    grace_s: int = free(120)
+    """Seconds before that limit at which a run is asked to save."""
+    gres: str | None = free(None)
+    """GPUs of a node as this cluster names them, as `gpu:h100:8`; null: `--gpus-per-node` of as many as processes."""
+    constraint: str | None = free(None)
+    """Features that nodes must have."""
+    exclude: str | None = free(None)
+    """Nodes that must not be taken, as `'node[3,7]'`, quotes and all."""
+    container: str | None = free(None)
+    """Image to run in, where Slurm has pyxis."""
+    setup: str | None = free(None)
+    """Shell commands that come first on each node, as `module load cuda; source venv/bin/activate`."""
+
+
+@dataclass
+class Kubernetes:
+    """What goes into the manifest."""
+
+    kind: K8sKind = free(K8sKind.job)
+    """`job`: an Indexed Job and a headless Service, of Kubernetes itself; `trainjob`: of Kubeflow Trainer 2."""
+    namespace: str | None = free(None)
+    """Null: that of the current context."""
+    image: str = free("clipscale")
+    """Made by the Dockerfile, or by yours."""
+    pull_secret: str | None = free(None)
+    """Secret to pull it with."""
+    service_account: str | None = free(None)
+    """What the pods act as, for a bucket that knows it."""
+    env_from: list[str] = free([])
+    """Secrets whose entries become environment variables, as `WANDB_API_KEY` and keys of a bucket."""
+    volumes: list[str] = free([])
+    """Persistent volume claims and where each is mounted: `[data:/data]`."""
+    shm_size: str = free("64Gi")
+    """Shared memory of a pod; loaders hand batches over in it."""
+    node_selector: list[str] = free([])
+    """Labels that nodes must have: `[gpu=h100]`."""
+    tolerations: list[str] = free([])
+    """Keys of taints that pods bear: `[nvidia.com/gpu]`."""
+    resources: list[str] = free([])
+    """Limits of a pod beside its GPUs: `[memory=900Gi]`."""
+
+
 @dataclass
 class Cluster:
     """Where and how many."""
@@ -75,7 +136,12 @@ class Cluster:
     processes_per_node: int = free(1)
     """Processes (GPUs) per machine."""
     max_restarts: int = free(3)
-    """Times that `clipscale train` starts its processes again, from the last checkpoint, after one of several died."""
+    """Times that the processes are started again, from the last checkpoint, after one of several died."""
+    preflight: bool = free(True)
+    """Look before a run of several nodes begins, all of them together: libraries, shards, open files, clocks, slow
+    devices and the network between them (as `clipscale doctor` does of one machine); what would break it ends it."""
+    slurm: Slurm = group(Slurm)
+    k8s: Kubernetes = group(Kubernetes)
 
 
 @dataclass
@@ -125,12 +191,16 @@ class Eval:
     timeout_s: float = free(7200.0)
     """Seconds for which ranks wait for each other in an evaluation, in place of `distributed.timeout_s`."""
     objective: str = free("val/retrieval/i2t_r1")
-    """The metric that a sweep maximises, and that result.json repeats as `objective`."""
+    """The metric that a sweep is to improve (the highest is best; of one whose name ends in `loss`, the lowest), and
+    that result.json repeats as `objective`."""
+    patience: int | None = free(None)
+    """End the run, as done, after so many evaluations in a row that did not improve `eval.objective`; null or 0:
+    train to `total_samples`."""
 
 
 @dataclass
 class Tracking:
-    """Where numbers go besides RUN/metrics.jsonl; never images, captions, keys or code."""
+    """Where numbers go besides RUN/metrics.jsonl; images, captions, code and checkpoints only where it says so."""
 
     mode: TrackingMode = free(TrackingMode.auto)
     """Weights & Biases mode."""
@@ -142,5 +212,20 @@ class Tracking:
     """W&B group."""
     tags: list[str] = free([])
     """W&B tags."""
+    job_type: str = free("train")
+    """W&B job type."""
+    alerts: bool = free(True)
+    """Alert by W&B when steps are skipped, training goes back or stands still, a rank is slow, a checkpoint cannot be
+    written, or an error ends the run; numbers only."""
+    media: bool = free(False)
+    """Send pictures to W&B: a batch as training sees it, with its captions, and of each evaluation retrieved images,
+    similarities and the confusion of classes."""
+    code: bool = free(False)
+    """Send W&B the commit of the code that runs, and what was changed since."""
+    checkpoints: bool = free(False)
+    """Send W&B the last checkpoint when the run ends, as an artifact (one in a bucket as a reference), and wait for it
+    up to an hour."""
+    tensorboard: bool = free(False)
+    """Write RUN/tensorboard as well, for `tensorboard --logdir RUN/tensorboard`; its steps are samples seen."""
     log_every_steps: int = free(10)
     """Steps between two rows of training metrics."""

@@ -36,13 +36,19 @@ def validate(config: Config, world: int | None = None) -> None:
 
     Raises ConfigError that lists all that is wrong.
     """
-    checks = (_sizes, _batch, _checkpoint, _microbatches, _data, _text, _loss, _training, _lock, _classifier)
-    found = [mistake for check in checks for mistake in check(config)]
-    found += _parallel(config, world or config.cluster.nodes * config.cluster.processes_per_node)
-    if len(found) == 1:
-        raise ConfigError(found[0])
-    if found:
-        raise ConfigError(f"{len(found)} mistakes:" + "".join(f"\n  - {line}" for line in found))
+    if found := all_mistakes(config, world):
+        raise ConfigError.of(found)
+
+
+def all_mistakes(config: Config, world: int | None = None) -> list[str]:
+    """What is wrong with a configuration, for so many processes, or those that the cluster has; each with what mends
+    it."""
+    checks = (_sizes, _batch, _evaluation, _checkpoint, _microbatches, _data, _text, _loss, _training, _lock)
+    found = [mistake for check in (*checks, _classifier) for mistake in check(config)]
+    started = max(1, world or config.cluster.nodes * config.cluster.processes_per_node)
+    streams = config.data.streams
+    found += _parallel(config, usable_processes(streams, started) if streams and streams > 0 else started)
+    return found
 
 
 def _positive(**values: float | int) -> Iterator[str]:
@@ -99,6 +105,12 @@ def _sizes(config: Config) -> Iterator[str]:
         yield f"data.workers={config.data.workers} must be 0 or more"
     if config.data.window is not None and config.data.window < 1:
         yield f"data.window={config.data.window} must be 1 or more; null chooses it"
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    patience = config.eval.patience
+    if patience and (patience < 0 or not config.eval.every_samples):
+        yield f"eval.patience={patience} must be above 0, with eval.every_samples set; null: train to total_samples"
 
 
 def _checkpoint(config: Config) -> Iterator[str]:
@@ -160,6 +172,11 @@ def _data(config: Config) -> Iterator[str]:
         if budget is not None and not 0 <= budget <= 1:
             yield f"data.{key}={budget} must lie in [0, 1]; null is no limit"
     yield from _negatives(data)
+    endpoint = config.storage.endpoint_url
+    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        yield f"storage.endpoint_url={endpoint} is no URL; use storage.endpoint_url=https://{endpoint}"
+    elif endpoint is not None and endpoint.startswith("http://") and not config.storage.allow_http:
+        yield f"storage.endpoint_url={endpoint} is without TLS; allow it by storage.allow_http=true"
     length = config.tokenizer.context_length
     if length is not None and length > config.model.context_length:
         yield (
@@ -303,8 +320,8 @@ def _parallel(config: Config, world: int) -> Iterator[str]:
         yield f"parallel.shard_size={parallel.shard_size} has no effect without parallel.strategy=hsdp"
     elif parallel.shard_size is not None and (parallel.shard_size < 1 or world % parallel.shard_size):
         yield (
-            f"parallel.shard_size={parallel.shard_size} does not divide the {world} processes that cluster.nodes and "
-            "cluster.processes_per_node make; null is those of a node"
+            f"parallel.shard_size={parallel.shard_size} does not divide the {world} processes that train, of those "
+            "that cluster.nodes and cluster.processes_per_node make; null is those of a node"
         )
     if precision is PrecisionName.bf16 and not parallel.strategy.shards:
         yield (

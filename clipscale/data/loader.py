@@ -27,7 +27,7 @@ from clipscale.data.samples import BadSample, Member, caption_ids, join_digests,
 from clipscale.data.stream import read_stream
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.distributed import GRACE_S
-from clipscale.distributed.workers import worker_context
+from clipscale.distributed.workers import LOADER, worker_context
 from clipscale.errors import DataError
 
 HOPELESS = 50_000  # samples; if none of so many is usable, the keys are wrong
@@ -294,7 +294,7 @@ class TrainLoader:
         )
         self._parts = max(1, min(workers, len(mine)))
         self._pin_memory = pin_memory
-        context = worker_context(["clipscale.data.loader", "open_clip"]) if workers else None
+        context = worker_context(LOADER) if workers else None
         with _without_advice():
             self._loader = DataLoader(
                 reader,
@@ -309,12 +309,17 @@ class TrainLoader:
         # The DataLoader takes from its workers in turn, so as many items as there are workers are one batch.
         with _without_advice():
             items = iter(self._loader)
-        while True:
-            parts = [next(items) for _ in range(self._parts)]
-            for part in parts:
-                if isinstance(part, DataError):
-                    raise part
-            yield Batch.concatenate(parts, self._pin_memory)
+        try:
+            while True:
+                parts = [next(items) for _ in range(self._parts)]
+                for part in parts:
+                    if isinstance(part, DataError):
+                        raise part
+                yield Batch.concatenate(parts, self._pin_memory)
+        finally:
+            # Now, and not when the error is forgotten that holds the iterator: the signal by which this process ends
+            # its workers at last would be taken for the launcher's, at which they go on.
+            getattr(items, "_shutdown_workers", lambda: None)()
 
 
 @contextmanager

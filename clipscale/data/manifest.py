@@ -96,11 +96,16 @@ def expand_shards(
     local = [file.location for file in files if not file.location.startswith(ELSEWHERE)]
     missing = [location for location in local if not Path(location).is_file()]
     if missing:
-        hint = "" if root else " (data.root is not set; relative names are looked up in the current directory)"
+        rooted = key != shards  # else the key is the pattern itself, to which no root belongs
+        hint = (
+            ""
+            if root or not rooted
+            else " (data.root is not set; relative names are looked up in the current directory)"
+        )
         hint += " (shards are named by brace patterns, {000..099}, not by *)" if "*" in missing[0] else ""
         raise DataError(
-            f"{key}: {len(missing)} of {len(files)} shards do not exist, first {missing[0]}{hint}; "
-            f"check data.root and {key}"
+            f"{key}: {len(missing)} of {len(files)} shards do not exist, first {missing[0]}{hint}"
+            + (f"; check data.root and {key}" if rooted else "")
         )
     if signed := next((one.location for one in files if one.location.startswith("http") and "?" in one.location), None):
         raise DataError(f"{key}: {signed}: an address with a query cannot be read in parts; use s3://, gs:// or az://")

@@ -114,7 +114,7 @@ class ShapesSpec:
                 raise ConfigError(f"data.shapes.{key}={getattr(self, key)}: give a number from {low} to {high}")
 
 
-class _Random(KeyedRandom):
+class SceneRandom(KeyedRandom):
     """A stream of its own for each purpose: another wording leaves the pixels as they were."""
 
     def __init__(self, spec: ShapesSpec, purpose: str, index: int = 0) -> None:
@@ -159,7 +159,7 @@ Scene = tuple[Thing, ...]
 @lru_cache(maxsize=4)
 def _compositions(spec: ShapesSpec) -> tuple[list[Composition], list[Composition]]:
     """The held-out compositions, random but even over every attribute, and those left for training."""
-    rest = _Random(spec, "held out").shuffled(list(itertools.product(COLOURS, SHAPES, TEXTURES)))
+    rest = SceneRandom(spec, "held out").shuffled(list(itertools.product(COLOURS, SHAPES, TEXTURES)))
     used, held = Counter[str](), list[Composition]()
     while 2 * len(held) < spec.classes:
         evenness = {a: used[a] * len(kind) for kind in (COLOURS, SHAPES, TEXTURES) for a in kind}
@@ -169,7 +169,7 @@ def _compositions(spec: ShapesSpec) -> tuple[list[Composition], list[Composition
     return sorted(held), sorted(rest)
 
 
-def _scene(random: _Random, kinds: Sequence[tuple[Composition, str]], counts: Sequence[int]) -> Scene:
+def draw_scene(random: SceneRandom, kinds: Sequence[tuple[Composition, str]], counts: Sequence[int]) -> Scene:
     """A scene of counts[g] objects of composition and size kinds[g], none of which touch."""
     groups = [group for group, count in enumerate(counts) for _ in range(count)]
     things = []
@@ -182,7 +182,7 @@ def _scene(random: _Random, kinds: Sequence[tuple[Composition, str]], counts: Se
     return tuple(things)
 
 
-def _random_scene(random: _Random, first: Sequence[Composition], others: Sequence[Composition]) -> Scene:
+def _random_scene(random: SceneRandom, first: Sequence[Composition], others: Sequence[Composition]) -> Scene:
     """A scene whose first group has a composition among `first`, the others different ones among `others`."""
     counts = random.choice([counts for counts, share in SCENES.items() for _ in range(share)])
     chosen = [random.choice(first)]
@@ -190,18 +190,18 @@ def _random_scene(random: _Random, first: Sequence[Composition], others: Sequenc
         composition = random.choice(others)
         if composition not in chosen:
             chosen.append(composition)
-    return _scene(random, [(composition, random.choice(tuple(ALONE))) for composition in chosen], counts)
+    return draw_scene(random, [(composition, random.choice(tuple(ALONE))) for composition in chosen], counts)
 
 
 @lru_cache(maxsize=4)
 def _scenes(spec: ShapesSpec, split: str) -> list[Scene]:
     """A split's scenes in order. A zero-shot scene i shows class i % spec.classes."""
-    (held, trained), random = _compositions(spec), _Random(spec, split)
+    (held, trained), random = _compositions(spec), SceneRandom(spec, split)
     if split == "train":
         return [_random_scene(random, trained, trained) for _ in range(spec.train)]
     if split == "zeroshot":
         kinds = list(itertools.product(held, ALONE))[: spec.classes]
-        return [_scene(random, [kind], [1]) for kind in kinds * spec.per_class]
+        return [draw_scene(random, [kind], [1]) for kind in kinds * spec.per_class]
     # Different compositions in each, so that a caption that names them all is true of one scene only.
     scenes: dict[tuple[Composition, ...], Scene] = {}
     while len(scenes) < spec.val:
@@ -210,7 +210,7 @@ def _scenes(spec: ShapesSpec, split: str) -> list[Scene]:
     return list(scenes.values())
 
 
-def _noun_phrase(random: _Random, thing: Thing, count: int, detail: float) -> str:
+def _noun_phrase(random: SceneRandom, thing: Thing, count: int, detail: float) -> str:
     """Such as "a big striped red star" or "two red stars with stripes"; `detail` is the chance to tell each."""
     noun, adjective = random.word(thing.shape), random.word(thing.texture)
     if count > 1:
@@ -225,14 +225,14 @@ def _noun_phrase(random: _Random, thing: Thing, count: int, detail: float) -> st
     return f"{(article, 'two', 'three')[count - 1]} {phrase}"
 
 
-def _relation(random: _Random, a: Thing, b: Thing) -> str:
+def _relation(random: SceneRandom, a: Thing, b: Thing) -> str:
     """Where a is, seen from b, along the axis on which they lie farther apart."""
     if abs(a.x - b.x) > abs(a.y - b.y):
         return random.choice(("left of", "to the left of") if a.x < b.x else ("right of", "to the right of"))
     return random.choice(("above", "over") if a.y < b.y else ("below", "under"))
 
 
-def _caption(random: _Random, scene: Scene, detail: float) -> str:
+def _caption(random: SceneRandom, scene: Scene, detail: float) -> str:
     """One true description of the scene, of at most 24 words."""
     counts = Counter(thing.group for thing in scene)
     leaders = random.shuffled(list({thing.group: thing for thing in scene}.values()))
@@ -246,7 +246,7 @@ def _caption(random: _Random, scene: Scene, detail: float) -> str:
 
 def _captions(spec: ShapesSpec, split: str, index: int, scene: Scene) -> list[str]:
     """Three phrasings. Training captions leave things out, as people do; those to be matched tell everything."""
-    random, captions = _Random(spec, f"{split} captions", index), dict[str, None]()
+    random, captions = SceneRandom(spec, f"{split} captions", index), dict[str, None]()
     while len(captions) < 3:
         captions[_caption(random, scene, 0.8 if split == "train" else 1.0)] = None
     return list(captions)
@@ -269,7 +269,7 @@ def _pattern(texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return cell((v if texture == "striped" else np.sqrt(u * u + v * v)) + 1.5, 3) & 1
 
 
-def _covers(random: _Random, thing: Thing, centre: np.ndarray, side: int, size: int) -> list[np.ndarray]:
+def _covers(random: SceneRandom, thing: Thing, centre: np.ndarray, side: int, size: int) -> list[np.ndarray]:
     """The share of each pixel, Float[side, side, 1], that an object covers in its first and its second colour."""
     radius, fine, angle = thing.radius * size, side * SUPERSAMPLE, random.uniform(-0.26, 0.26)
     cos, sin = np.float32(math.cos(angle)), np.float32(math.sin(angle))
@@ -287,7 +287,7 @@ def _covers(random: _Random, thing: Thing, centre: np.ndarray, side: int, size: 
     return [np.asarray(mask.reduce(SUPERSAMPLE), np.float32)[..., None] / 255 for mask in masks]
 
 
-def _paint(random: _Random, canvas: np.ndarray, thing: Thing) -> None:
+def _paint(random: SceneRandom, canvas: np.ndarray, thing: Thing) -> None:
     """Draw one object on canvas, Float[size, size, 3]; what reaches over the edge is cut off."""
     size, reach = len(canvas), 1.1 * thing.radius * len(canvas) + 1
     left, top = math.floor(thing.x * size - reach), math.floor(thing.y * size - reach)
@@ -301,7 +301,7 @@ def _paint(random: _Random, canvas: np.ndarray, thing: Thing) -> None:
         view += (colour - view) * cover[inside]
 
 
-def _jpeg(random: _Random, scene: Scene, size: int) -> bytes:
+def scene_jpeg(random: SceneRandom, scene: Scene, size: int) -> bytes:
     """The scene on a light, slightly tinted gradient, with some grain and sometimes a little blur."""
     base, across = random.uniform(165, 238), np.linspace(-1, 1, size, dtype=np.float32)
     tint = np.array([base + random.uniform(-14, 14) for _ in range(3)], np.float32)
@@ -323,7 +323,7 @@ def _samples(spec: ShapesSpec, split: str, indices: range) -> Iterator[tuple[str
     """Key, and bytes by suffix, of some of a split's samples."""
     scenes, told = _scenes(spec, split), dict(enumerate(range(indices.stop)))
     if split == "train" and spec.shuffle_captions:
-        order = _Random(spec, "shuffle").shuffled(range(spec.train))
+        order = SceneRandom(spec, "shuffle").shuffled(range(spec.train))
         told = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle: no image keeps its own
     for index in indices:
         captions = _captions(spec, split, told[index], scenes[told[index]])
@@ -332,7 +332,7 @@ def _samples(spec: ShapesSpec, split: str, indices: range) -> Iterator[tuple[str
         facts: dict[str, Any] = {"name": name, "captions": captions, "objects": objects}
         if split == "zeroshot":
             facts["label"] = index % spec.classes
-        image = _jpeg(_Random(spec, f"{split} pixels", index), scenes[index], spec.image_size)
+        image = scene_jpeg(SceneRandom(spec, f"{split} pixels", index), scenes[index], spec.image_size)
         yield f"{split}-{index:06d}", {"jpg": image, "json": json.dumps(facts).encode(), "txt": captions[0].encode()}
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import BinaryIO
 
 from clipscale.data.index import sample_key
-from clipscale.data.io import GZIP_ERRORS, PIPE, REMOTE, parent, resolve
+from clipscale.data.io import GZIP_ERRORS, PIPE, REMOTE, ShardStore, parent, resolve
 from clipscale.data.manifest import ShardFile
 from clipscale.data.order import SampleOrder, Window, stretches
 from clipscale.data.samples import Member
@@ -55,26 +56,28 @@ def _read(file: ShardFile, start: int, stop: int) -> Iterator[Member]:
         raise DataError(f"{where} gave {found} samples, its index says {stop - start}: it changed; start again")
 
 
+def fetch_image(store: ShardStore, path: str, folder: str) -> bytes | None:
+    """The bytes at an image's path in a table that lies in ``folder``; None where there is nothing."""
+    place = resolve(path, folder)
+    if place.startswith(PIPE):  # a table must not run commands
+        return None
+    try:
+        with store.open(place) as raw:
+            return raw.read()
+    except MissingError:
+        return None
+    except (DataError, OSError, ValueError):
+        if place.startswith(REMOTE):  # it may be there the next time
+            raise
+        return None  # a directory, a name too long, not ours to read
+
+
 def _rows(file: ShardFile, start: int, stop: int) -> Iterator[Member]:
     index, folder = file.index, parent(file.location)
 
-    def fetch(path: str) -> bytes | None:
-        place = resolve(path, folder)
-        if place.startswith(PIPE):  # a table must not run commands
-            return None
-        try:
-            with file.store.open(place) as raw:
-                return raw.read()
-        except MissingError:
-            return None
-        except (DataError, OSError, ValueError):
-            if place.startswith(REMOTE):  # it may be there the next time
-                raise
-            return None  # a directory, a name too long, not ours to read
-
     with file.store.open(file.location, index.version) as raw:
         header, begin, end = (int(index.offsets[i]) for i in (0, start, stop))
-        rows = read_rows(raw, header, begin, end, fetch)
+        rows = read_rows(raw, header, begin, end, partial(fetch_image, file.store, folder=folder))
         for number, row in zip(range(start, stop), rows, strict=True):
             yield replace(row, key=f"{file.name}/{number}")
 

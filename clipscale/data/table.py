@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import BinaryIO
 
@@ -104,14 +104,20 @@ def read_rows(
     image, caption = find_column(columns, IMAGE_NAMES), find_column(columns, CAPTION_NAMES)
     assert image is not None, "a table without images has no rows"
     for row in found:
-        fields = dict(zip(columns, row, strict=True))
-        path = fields[image].strip()
-        data = fetch(path) if path else None
-        members: dict[str, bytes] = {}
-        if data is not None:
-            # Its column says that it is the image, whatever its name ends with; its format shows when it is decoded.
-            members = {path.rpartition(".")[2].lower(): data, "jpg": data}
-        members["json"] = json.dumps(fields).encode()
-        if caption is not None:
-            members["txt"] = fields[caption].encode()
-        yield Member("", members, "" if data is not None else "missing_image")
+        yield Member("", *row_members(dict(zip(columns, row, strict=True)), image, caption, fetch))
+
+
+def row_members(
+    fields: Mapping[str, str], image: str, caption: str | None, fetch: Callable[[str], bytes | None]
+) -> tuple[dict[str, bytes], str]:
+    """The members of a row, as :func:`read_rows` gives them, and what is wrong with it, if anything is."""
+    path = fields[image].strip()
+    data = fetch(path) if path else None
+    members: dict[str, bytes] = {}
+    if data is not None:
+        # Its column says that it is the image, whatever its name ends with; its format shows when it is decoded.
+        members = {path.rpartition(".")[2].lower(): data, "jpg": data}
+    members["json"] = json.dumps(fields).encode()
+    if caption is not None:
+        members["txt"] = fields[caption].encode()
+    return members, "" if data is not None else "missing_image"

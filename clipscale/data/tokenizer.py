@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,12 @@ class Tokenizer:
         if cut:
             ids = self._cut(ids, choose) if choose else [*ids[: self.context_length - 1], self.eot_id]
         return np.array(ids, dtype=np.int32), cut
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """About the caption that these tokens were made of, without its start and end."""
+        if self.is_bpe:
+            return str(self._impl.decode([i for i in ids if i not in (self._impl.sot_token_id, self.eot_id)])).strip()
+        return str(self._impl.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def save(self, directory: Path) -> None:
         """Write what an ``hf:`` name stands for into a new directory, for a time when it is not to be had; nothing for
@@ -204,11 +212,19 @@ def _load_hf(name: str, context_length: int, stored: Path | None) -> Any:
 
     try:
         place = stored if stored is not None and stored.is_dir() else fetch(name.removeprefix(HF), HF_FILES)
-        return HFTokenizer(str(place), context_length, trust_remote_code=False, local_files_only=True)
+        return HFTokenizer(str(place), context_length, _cleaning(place), trust_remote_code=False, local_files_only=True)
     except ClipscaleError as error:
         raise ConfigError(f"{setting}: {error}") from None
     except Exception as error:
         raise ConfigError(f"{setting}: its tokenizer cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _cleaning(place: Path) -> str:
+    """How captions are cleaned before a tokenizer of Hugging Face's: as a directory of open_clip's says it."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        config = json.loads((place / "open_clip_config.json").read_text())
+        return str(config["model_cfg"]["text_cfg"]["tokenizer_kwargs"]["clean"])
+    return "whitespace"
 
 
 def _load(name: str, context_length: int) -> Any:

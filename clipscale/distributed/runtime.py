@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,9 +19,13 @@ from clipscale.distributed.watchdog import record_collectives
 from clipscale.errors import ConfigError
 
 T = TypeVar("T")
+log = logging.getLogger("clipscale")
 
 
+SAVING_GROUP = "saving"  # what the group is called in which checkpoints are written
 SPARES = "clipscale/spares"  # key of the store that lets them end
+ENDED = "clipscale/ended"  # key under which ranks are counted that end on purpose
+KNOWN = "clipscale/known"  # and those that know that all do
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class Runtime:
     device: torch.device
     spares: int = 0
     """Processes beside these that idle, because the streams cannot be shared evenly by all."""
+    began: float = field(default_factory=time.perf_counter)
+    """When this process came to be one of them."""
 
     @property
     def is_main(self) -> bool:
@@ -49,6 +57,11 @@ def restarts_left() -> int:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def is_restarted() -> bool:
+    """Whether torchrun has started the ranks again because one of them failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def restarts_may_fail() -> bool:
     """Whether torchrun would start ranks again that can meet the address of a dead peer in the agent's store."""
     return restarts_left() > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -57,6 +70,12 @@ def restarts_may_fail() -> bool:
 def processes_per_node() -> int:
     """How many processes the launcher started on this node; without one, or where it does not say, all there are."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+
+
+def spans_nodes() -> bool:
+    """Whether the launcher started processes on several nodes; the same on all of them."""
+    agents = os.environ.get("GROUP_WORLD_SIZE")  # torchrun's own count
+    return int(agents) > 1 if agents else int(os.environ.get("WORLD_SIZE", 1)) > processes_per_node()
 
 
 def connect() -> dist.Store:
@@ -86,6 +105,8 @@ def stand_by(store: dist.Store) -> None:
     """Idle, as a spare, until the ranks that train have ended."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: os._exit(0))  # there is nothing to save here
+    for key in (ENDED, KNOWN):
+        store.add(_of_this_attempt(key), 1)  # nobody need wait for it
     while True:
         try:
             return store.wait([_of_this_attempt(SPARES)], timedelta(minutes=1))
@@ -93,6 +114,28 @@ def stand_by(store: dist.Store) -> None:
             continue
         except RuntimeError:  # rank 0 is gone, and the store with it
             return
+
+
+def all_end(store: dist.Store, seconds: float) -> bool:
+    """Say that this rank ends on purpose, and wait for the others. Returns whether all of them do."""
+    world = int(os.environ["WORLD_SIZE"])
+    all_do = _arrive(store, ENDED, world, seconds)
+    if all_do:  # rank 0 has the store, and so is the last to go
+        _arrive(store, KNOWN, world if os.environ["RANK"] == "0" else 1, min(seconds, 5.0))
+    return all_do
+
+
+def _arrive(store: dist.Store, key: str, count: int, seconds: float) -> bool:
+    """Add this rank to those that are somewhere; whether as many as ``count`` are there in time."""
+    key, deadline = _of_this_attempt(key), time.monotonic() + seconds
+    try:
+        there = store.add(key, 1)
+        while there < count and time.monotonic() < deadline:
+            time.sleep(0.1)
+            there = store.add(key, 0)
+    except RuntimeError:  # rank 0 is gone, and the store with it
+        return False
+    return there >= count
 
 
 def release_spares(store: dist.Store) -> None:
@@ -161,6 +204,8 @@ def _wait_up_to(seconds: float) -> None:
         library: Any = dist.distributed_c10d
         change = getattr(library, "set_timeout", None) or library._set_pg_timeout  # its name in older versions
         for group in list(library._world.pg_map):
+            if group.group_desc == SAVING_GROUP:
+                continue  # it waits for disks, not for steps
             change(timedelta(seconds=seconds), group)
 
 

@@ -11,10 +11,14 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LOADER = ("clipscale.data.loader", "open_clip")  # what the workers of a run's loader need
+
 
 def worker_context(preload: Sequence[str]) -> ForkServerContext:
     """The context that starts workers; ``preload`` names the modules that the server imports for all of them.
 
+    The server begins to import at once: called early, it does so while this process imports its own.
     Not fork: the process that asks has threads, and obstore must not be used in a fork.
     """
     context = multiprocessing.get_context("forkserver")
@@ -26,12 +30,12 @@ def worker_context(preload: Sequence[str]) -> ForkServerContext:
 
 @contextmanager
 def _inherited() -> Iterator[None]:
-    """What is started inside ignores SIGTERM and SIGUSR1, and imports from where this process does.
+    """What is started inside ignores SIGTERM, SIGUSR1 and SIGINT, and imports from where this process does.
 
-    Workers inherit both, and say themselves what a signal means to them. By itself the server looks into the working
+    Workers inherit this, and say themselves what a signal means to them. By itself the server looks into the working
     directory first, and may find another clipscale there.
     """
-    signals = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    signals = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     path = {"PYTHONPATH": os.pathsep.join(place or os.getcwd() for place in sys.path), "PYTHONSAFEPATH": "1"}
     before = {name: os.environ.get(name) for name in path}
     os.environ |= path

@@ -37,8 +37,9 @@ def clip_loss(
     autocast; of half-precision features, products are exact and their sums fp32.
 
     Args:
-        image, text: Float[n, D], this rank's n pairs, L2-normalised. Every rank brings the same n. Other norms are
-            exact as well while logits stay within ±670; where float64's range does not do, the loss is NaN.
+        image: Float[n, D], of this rank's n pairs, L2-normalised. Every rank brings the same n. Other norms are exact
+            as well while logits stay within ±670; where float64's range does not do, the loss is NaN.
+        text: Float[n, D], likewise.
         logit_scale: the multiplier on cosine similarities, already exponentiated; a number or a tensor of one.
         group: process group of the global batch; None is the default group, or this process alone.
         pair_ids: ``(image_ids, text_ids)``, Int64[n] or None: a text beside the diagonal whose image or caption has the

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from clipscale.config import config_dir, load_group
 from clipscale.config.model import Model
-from clipscale.config.optim import PrecisionName
+from clipscale.config.optim import Lock, PrecisionName
 from clipscale.config.running import RECOMPUTED
 from clipscale.errors import ConfigError
 from clipscale.models.groups import rounded
@@ -51,12 +51,17 @@ class Execution:
     ``checkpointing`` is ``parallel.activation_checkpointing``: "none", "full", or a number k, the first k blocks of
     each tower (or all that it has), which keep their input only and are computed again in the backward pass; or
     "selective", all blocks, which keep some results beside it.
+
+    ``lock`` is what is not trained, and has no backward pass: groups of layers, counted from the output.
+    ``classifies``: the text tower is not run at all, as where a classifier is trained.
     """
 
     lengths: Sequence[int] | None = None
     grouped: bool = False
     pooled_last_block: bool = True
     checkpointing: str | int = "none"
+    lock: Lock | None = None
+    classifies: bool = False
 
 
 NOMINAL = Execution(pooled_last_block=False)
@@ -65,11 +70,13 @@ NOMINAL = Execution(pooled_last_block=False)
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs per sample: of the ``vision`` and ``text`` towers' forward passes, and of what checkpointing repeats."""
+    """FLOPs per sample: of the ``vision`` and ``text`` towers' forward passes, of what checkpointing repeats, and of
+    the forward passes through what is trained."""
 
     vision: float
     text: float
     repeated: float
+    trained: float
 
     @property
     def forward(self) -> float:
@@ -78,15 +85,13 @@ class Flops:
 
     @property
     def training(self) -> float:
-        """That a step needs, three times the forward pass: the figure for model FLOPs utilisation (MFU).
-
-        Of a dual encoder whose towers are both trained: one that is locked needs its forward pass alone, and a
-        classifier no text tower; this knows of neither.
+        """That a step needs, three times the forward pass: the figure for model FLOPs utilisation (MFU). What is locked
+        needs its forward pass alone.
 
         A backward pass has two products for each of the forward pass. Strictly, the first layer has one, as images
         need no gradient, which makes 0.6 % for ViT-B/32, 2.6 % for `tiny`.
         """
-        return 3 * self.forward
+        return self.forward + 2 * self.trained
 
     @property
     def executed(self) -> float:
@@ -122,6 +127,18 @@ def parameters(model: Model, *, logit_bias: bool = False) -> Parameters:
     return Parameters(counts[0], counts[1], 2 if logit_bias else 1, head)
 
 
+def trained_parameters(model: Model, execution: Execution = Execution()) -> int:
+    """Of the towers, those that ``execution`` neither locks nor leaves out."""
+    towers = _towers(model, execution)
+    return sum(part.parameters for tower in _trained(towers, execution) for part in tower)
+
+
+def blocks(model: Model) -> tuple[list[int], list[int]]:
+    """Parameters of each block of the vision and of the text tower: what is recomputed, and sharded, as one."""
+    vision, text = _towers(model, Execution())
+    return _blocks(vision), _blocks(text)
+
+
 def flops(model: Model, execution: Execution = Execution()) -> Flops:
     """FLOPs of one sample, as torch's counter counts them; those that are ``NOMINAL``, as open_clip's profile has them
     (its docs/model_profile.csv).
@@ -131,10 +148,12 @@ def flops(model: Model, execution: Execution = Execution()) -> Flops:
     """
     towers = _towers(model, execution)
     vision, text = (sum(part.flops for part in tower) for tower in towers)
-    again = [part for tower in towers for part in _checkpointed(tower, execution)]
+    moved = _trained(towers, execution)
+    trained = sum(part.flops for tower in moved for part in tower)
+    again = [part for tower in moved for part in _checkpointed(tower, execution)]
     if execution.checkpointing == "selective":
-        return Flops(vision, text, sum(part.again for part in again))
-    return Flops(vision, text, sum(part.flops - part.unrepeated for part in again))
+        return Flops(vision, text, sum(part.again for part in again), trained)
+    return Flops(vision, text, sum(part.flops - part.unrepeated for part in again), trained)
 
 
 def activations(
@@ -142,9 +161,7 @@ def activations(
     execution: Execution = Execution(),
     precision: PrecisionName = PrecisionName.fp32,
 ) -> Activations:
-    """Bytes that autograd keeps for one sample between the passes, where both towers are trained.
-
-    A locked tower keeps none of its own, nor does a classifier's text tower; both are counted here all the same.
+    """Bytes that autograd keeps for one sample between the passes; for what is locked, none.
 
     Per block of a transformer with width d, MLP width rd: nd(8 + 2r) numbers of fp32, or under autocast 2nd of 32 and
     nd(6 + 2r) of 16 bits (quick-GELU rd more), and a few per token; checkpointed, nd of 32, and selectively nd(4 + r)
@@ -155,7 +172,7 @@ def activations(
     attention is the fused one, as on GPUs.
     """
     kept, live = [], 0.0
-    for tower in _towers(model, execution):
+    for tower in _trained(_towers(model, execution), execution):
         selective = execution.checkpointing == "selective"
         saved = [
             _bytes(part.kept, precision)
@@ -205,7 +222,28 @@ def _towers(model: Model, execution: Execution) -> tuple[list[Part], list[Part]]
         lengths = [most]
     pooled, grouped = execution.pooled_last_block, execution.grouped
     tokens = Tokens.of(rounded(lengths) if grouped else lengths, grouped)
-    return vision_parts(model, pooled), text_parts(model, tokens, pooled)
+    return vision_parts(model, pooled), [] if execution.classifies else text_parts(model, tokens, pooled)
+
+
+def _trained(towers: tuple[list[Part], list[Part]], execution: Execution) -> tuple[list[Part], list[Part]]:
+    """What has a backward pass: of a locked tower, its groups that are not (``clipscale.parallel.layers``)."""
+    lock = execution.lock or Lock()
+    vision = _unlocked(towers[0], lock.image_unlocked_groups) if lock.image else towers[0]
+    return vision, _unlocked(towers[1], lock.text_unlocked_groups) if lock.text else towers[1]
+
+
+def _unlocked(tower: list[Part], groups: int) -> list[Part]:
+    """The last ``groups`` of a tower: its projection, if it has one, then its blocks, the last one with its norm."""
+    starts = [i for i, part in enumerate(tower) if part.entry is not None]
+    projects = tower[-1].entry is None and tower[-1].parameters > 0
+    begun = groups - projects  # blocks
+    if groups == 0 or begun == 0:
+        return tower[-1:] if groups else []
+    return tower[starts[-begun] if begun <= len(starts) else 0 :]
+
+
+def _blocks(tower: list[Part]) -> list[int]:
+    return [part.parameters for part in tower if part.entry is not None]
 
 
 def _checkpointed(tower: list[Part], execution: Execution) -> list[Part]:

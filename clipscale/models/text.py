@@ -95,7 +95,7 @@ class AttentionPool(nn.Module):
     def __init__(self, config: Text, activation: Activation) -> None:
         super().__init__()
         self.heads, width = config.heads, config.width
-        self.latent = nn.Parameter(torch.empty(1, 1, width))
+        self.latent = nn.Parameter(torch.zeros(1, 1, width))
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
@@ -124,7 +124,7 @@ class TextTower(nn.Module):
         self.eot_id = config.eot_id
         self.head_width = config.width // config.heads
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.positional_embedding = nn.Parameter(torch.empty(context_length, config.width))
+        self.positional_embedding = nn.Parameter(torch.zeros(context_length, config.width))
         activation = config.activation or activation
         # Where all tokens are pooled, the last block computes them all.
         pooled = config.layers - 1 if config.pool is TextPool.last else None

@@ -54,12 +54,20 @@ class VisionTower(nn.Module):
 
     def forward(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> torch.Tensor:
         """``seeds`` Int64[B] are what each image's drops are drawn from in training; without, torch's generator is."""
+        return self.proj(self.pool(images, seeds))
+
+    def pool(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> torch.Tensor:
+        """What is projected into the shared space, Float[B, width]: the features that the CLIP paper probes."""
         if self.training:
             self.drops.draw(len(images), seeds, images.device)
-        if images.dtype == torch.uint8:
-            images = (images.float() - self.mean) / self.std
-            images = images.to(next(self.trunk.parameters()).dtype)  # which sharding may have made half precision
-        return self.proj(self.trunk(images))
+        return self.trunk(self.normalize(images))
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Float[B, 3, S, S] as the trunk takes it, of UInt8[B, 3, S, S]; what is Float already stays as it is."""
+        if images.dtype != torch.uint8:
+            return images
+        # In the weights' dtype, which sharding may have made half precision.
+        return ((images.float() - self.mean) / self.std).to(next(self.trunk.parameters()).dtype)
 
 
 def trunk_activation(name: str) -> str | None:

@@ -50,11 +50,6 @@ class Ema:
         """The averaged tensors by parameter name."""
         return dict(zip(self._names, self._average, strict=True))
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Copy averaged tensors in, by parameter name."""
-        for name, tensor in zip(self._names, self._average, strict=True):
-            tensor.copy_(state[name])
-
     @torch.no_grad()
     def _swap(self) -> None:
         for parameter, average in zip(self._parameters, self._average, strict=True):

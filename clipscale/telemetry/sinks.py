@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from clipscale.config.running import Tracking
+from clipscale.config import Config
+from clipscale.config.fields import leaves
+from clipscale.config.resume import value_of
+from clipscale.config.rundir import read_rows
+from clipscale.config.running import TrackingMode
+from clipscale.errors import masked
 from clipscale.telemetry.console import Console
+from clipscale.telemetry.tensorboard import TensorBoard
 from clipscale.telemetry.wandb import WandbSink
+
+if TYPE_CHECKING:
+    from clipscale.telemetry.pictures import Picture
 
 
 class Sink(Protocol):
@@ -27,26 +35,16 @@ class Sink(Protocol):
 def last_values(path: Path) -> dict[str, float]:
     """The last value of every metric in a ``metrics.jsonl``; empty if there is none."""
     values: dict[str, float] = {}
-    for row in _rows(path):
+    for row in read_rows(path):
         values |= {key: value for key, value in row.items() if "/" in key}
     return values
 
 
-def evaluated_at(path: Path, samples_seen: int) -> int:
-    """Samples seen at the last evaluation in a ``metrics.jsonl`` up to ``samples_seen``; 0 if there is none."""
-    found = 0
-    for row in _rows(path):
-        seen = row.get("samples_seen", samples_seen + 1)  # a row without it is not ours
-        if seen <= samples_seen and any(key.startswith("val/") for key in row):
-            found = seen
-    return found
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``, if there is one; a line that a kill has cut is none."""
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
+def evaluations(path: Path, samples_seen: int) -> list[dict[str, Any]]:
+    """The rows of evaluations in a ``metrics.jsonl`` up to ``samples_seen``, in their order."""
+    rows = read_rows(path)
+    seen = [row for row in rows if row.get("samples_seen", samples_seen + 1) <= samples_seen]  # one without is not ours
+    return [row for row in seen if any(key.startswith("val/") for key in row)]
 
 
 class Jsonl:
@@ -96,35 +94,48 @@ class Jsonl:
 class Sinks:
     """All sinks of a run. Only the main rank has any."""
 
-    def __init__(
-        self,
-        run: Path,
-        config: Tracking,
-        settings: dict[str, Any],
-        samples_seen: int,
-        total_samples: int,
-        main: bool,
-    ) -> None:
-        self.console = Console(samples_seen, total_samples, main)
+    def __init__(self, run: Path, config: Config, samples_seen: int, main: bool) -> None:
+        self.console = Console(samples_seen, config.total_samples, main)
+        self.checkpoint: str | None = None
+        """Place of the run's last checkpoint, once it has ended."""
         self._sinks: list[Sink] = []
-        self._rows: Jsonl | None = None
+        self._files: list[Jsonl | TensorBoard] = []
+        self._tracker: WandbSink | None = None
         if main:
-            self._rows = Jsonl(run / "metrics.jsonl", samples_seen)
-            self._sinks = [self._rows, self.console]
-            if config.mode.value != "disabled":
-                self._sinks.append(WandbSink(run, config, settings, self.console.say))
+            self._files = [Jsonl(run / "metrics.jsonl", samples_seen)]
+            if config.tracking.tensorboard:
+                self._files.append(TensorBoard(run, samples_seen))
+            self._sinks = [*self._files, self.console]
+            if config.tracking.mode is not TrackingMode.disabled:
+                settings = {key: _without_secrets(value_of(config, key)) for key, _, _ in leaves(Config)}
+                self._tracker = WandbSink(run, config.tracking, settings, self.console.say)
 
     def log(self, row: dict[str, float]) -> None:
         """Hand a row to every sink."""
         for sink in self._sinks:
             sink.log(row)
+        if self._tracker is not None:
+            self._tracker.log(row)
+
+    def show(self, pictures: Mapping[str, list[Picture]], samples_seen: int) -> None:
+        """Hand pictures to the tracker, which has been allowed to have them."""
+        if self._tracker is not None:
+            self._tracker.show(pictures, samples_seen)
 
     def rewind(self, samples_seen: int) -> None:
         """The run has gone back; views of its rows get those of its second way behind those of its first."""
-        if self._rows is not None:
-            self._rows.rewind(samples_seen)
+        for file in self._files:
+            file.rewind(samples_seen)
 
-    def close(self) -> None:
-        """Close every sink."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Close every sink; ``error`` is what ended the run."""
         for sink in self._sinks:
             sink.close()
+        if self._tracker is not None:
+            self._tracker.close(error, self.checkpoint)
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_secrets(one) for one in value]
+    return masked(value) if isinstance(value, str) else value

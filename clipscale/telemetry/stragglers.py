@@ -1,10 +1,10 @@
-"""Which rank keeps the others waiting."""
+"""What each rank does by itself: the slowest and the fullest of them, and which keeps the others waiting."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,9 +26,14 @@ class Stragglers:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self._path, self._device = path, device
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]]
         self._told: set[tuple[int, int]] = set()
+        self._times = torch.zeros(1, len(WHAT))
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval now: after anything that is not training, such as a save."""
+        self._events, self._seconds = [], 0.0
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -44,11 +49,31 @@ class Stragglers:
             yield
             self._seconds += time.perf_counter() - started
 
-    def tell(self, waited_s: float, interval_s: float, say: Callable[[str], None]) -> None:
-        """Name who is slow in an interval that the device has ended; a collective. A rank is named once for each."""
+    def compare(self, own: Mapping[str, float], steps: int) -> dict[str, float]:
+        """What all ranks measured in an interval of ``steps`` that the device has ended; a collective.
+
+        The longest wait for data, the largest memory and the mean tokens of a caption; and the seconds of a step that a
+        rank was busy or waited for data, not for others: the least, the median and the most of any, and whose that is.
+        """
         computed = self._seconds + sum(begun.elapsed_time(ended) for begun, ended in self._events) / 1000
-        self._events, self._seconds = [], 0.0
-        times = gather(torch.tensor([[waited_s, computed]], device=self._device)).cpu()
+        self.restart()
+        mine = [own["train/data_wait_s"], computed, own["train/memory_peak_bytes"], own["train/tokens_per_caption"]]
+        everyone = gather(torch.tensor([mine], dtype=torch.float64, device=self._device)).cpu()
+        self._times = everyone[:, : len(WHAT)]
+        busy = (self._times.sum(dim=1) / steps).tolist()
+        return {
+            "train/data_wait_s": float(everyone[:, 0].max()),
+            "train/memory_peak_bytes": float(everyone[:, 2].max()),
+            "train/tokens_per_caption": float(everyone[:, 3].mean()),
+            "train/rank_s_min": min(busy),
+            "train/rank_s_median": statistics.median_low(busy),
+            "train/rank_s_max": max(busy),
+            "train/slowest_rank": float(busy.index(max(busy))),
+        }
+
+    def tell(self, interval_s: float, say: Callable[[str], None]) -> None:
+        """Name who was slow in the interval that was compared last. A rank is named once for each kind."""
+        times = self._times
         for i, what in enumerate(WHAT):
             slow = straggler(times[:, i].tolist(), interval_s)
             if slow is None or (slow, i) in self._told or rank() != 0:

@@ -79,29 +79,38 @@ class Divergence:
         """What is to be passed over, up to ``positions`` Int64[streams of this rank]; a collective."""
         return Passed(self.first, gather(positions.to(self._runtime.device)).tolist())
 
-    def skip(self, passed: Passed, now: Saved) -> None:
+    def skip(self, passed: Passed, now: Saved) -> str:
         """Have a run that has gone back to ``now`` pass over a window, once it has come to where that begins.
 
         Where it begins is said by its step, not by this process's memory: so it does not matter when the run was
-        resumed last.
+        resumed last. Returns what to tell the user.
         """
         before = self._saved
         first = max(passed.step, now.step)  # the checkpoint may lie in the window
-        now.skipped, now.rollbacks, now.jump = before.skipped, before.rollbacks + 1, [first, *passed.stops]
+        now.skipped, now.rollbacks = before.skipped, before.rollbacks + 1
+        # Windows ahead of this one come so many steps sooner, now that it is passed over.
+        ahead = [[step - (before.step - first), *stops] for step, *stops in before.jumps]
+        begins_here = bool(ahead) and ahead[0][0] == first  # one follows at once: both are passed over as one
+        now.jumps = ahead if begins_here else [[first, *passed.stops], *ahead]
         now.bad_steps = []  # of the way that is not gone again
         self._name([one for one in self._recent if one.step > first], "diverged")
         self._tell(
             "rolled_back", step=before.step, samples_seen=before.samples_seen, to=now.samples_seen,
             bad_steps=before.bad_steps, passed_over=[first + 1, before.step],
         )  # fmt: skip
+        return (
+            f"training went wrong, steps {', '.join(map(str, before.bad_steps))} were bad; back to step {now.step}, "
+            f"and around the batches from step {first + 1} to {before.step}; keys in {self._path}/diverged"
+        )
 
     def arrived(self, positions: torch.Tensor) -> bool:
         """Whether a window begins here, after a step that left this rank's streams at ``positions``; a collective."""
         saved = self._saved
-        if saved.jump[:1] != [saved.step]:
+        if not saved.jumps or saved.jumps[0][0] != saved.step:
             return False
-        starts, stops = gather(positions.to(self._runtime.device)).tolist(), saved.jump[1:]
-        saved.skipped, saved.jump = [*saved.skipped, [starts, stops]], []
+        (_, *stops), *saved.jumps = saved.jumps
+        starts = gather(positions.to(self._runtime.device)).tolist()
+        saved.skipped = [*saved.skipped, [starts, stops]]
         self._tell(
             "passed_over", step=saved.step, samples_seen=saved.samples_seen, diverged_samples=sum(stops) - sum(starts)
         )
@@ -133,5 +142,12 @@ class Divergence:
 
 
 def diverged_samples(saved: Saved) -> int:
-    """Samples that are passed over because training on them went wrong."""
-    return sum(sum(stops) - sum(starts) for starts, stops in saved.skipped)
+    """Samples that are passed over because training on them went wrong, each counted once."""
+    count = 0
+    windows = [zip(starts, stops, strict=True) for starts, stops in saved.skipped]
+    for of_a_stream in zip(*windows, strict=True):
+        reached = 0
+        for start, stop in sorted(of_a_stream):
+            count += max(0, stop - max(start, reached))
+            reached = max(reached, stop)
+    return count

@@ -159,6 +159,11 @@ class TrainStep:
         assert self._norm is not None
         return self._norm.item()
 
+    def param_norm(self) -> float:
+        """Norm of all weights that are trained; a collective where they are sharded."""
+        trained = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        return whole(nn.utils.get_total_norm(trained, foreach=True)).item()
+
     def logit_scale(self) -> float:
         """The multiplier on similarities."""
         return math.exp(whole(self.model.logit_scale.detach()).item())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Generator, Iterable
 from contextlib import nullcontext
@@ -15,14 +16,11 @@ import torch.distributed as dist
 from clipscale.checkpoint import TOKENIZER, Checkpointer, Saved, Stored
 from clipscale.checkpoint.places import CHECKPOINTS, home
 from clipscale.config import Config, save_config
-from clipscale.config.fields import leaves
 from clipscale.config.model import HeadStart
-from clipscale.config.resume import value_of
 from clipscale.config.rundir import count_events, log_event, report
-from clipscale.config.schema import Config as Schema
 from clipscale.data.io import ShardStore
 from clipscale.data.loader import Batch
-from clipscale.distributed.collectives import gather, total, world_size
+from clipscale.distributed.collectives import gather, world_size
 from clipscale.distributed.faults import Agreed, Agreement
 from clipscale.distributed.runtime import Runtime, waiting_up_to
 from clipscale.distributed.watchdog import Watchdog
@@ -31,7 +29,8 @@ from clipscale.evals import build_evaluators
 from clipscale.models import Classifier, build_model
 from clipscale.optim import Ema, build_optimizer, configure, learning_rate
 from clipscale.parallel import build_scaler, heights, lock, parallelize
-from clipscale.telemetry import Meters, Sinks, Stragglers, evaluated_at, read_run_id, write_run_id
+from clipscale.telemetry import Meters, Sinks, Stragglers, Timesheet, read_run_id, write_run_id
+from clipscale.trainer import keeping
 from clipscale.trainer.account import Account
 from clipscale.trainer.build import (
     build_loader,
@@ -48,11 +47,12 @@ from clipscale.trainer.build import (
 )
 from clipscale.trainer.divergence import Divergence, diverged_samples
 from clipscale.trainer.ending import tell_end, tell_nothing_to_do
-from clipscale.trainer.keeping import check_order, make_own, mark_best, mark_kept, record_damage, record_elsewhere
+from clipscale.trainer.examples import record_examples, show_batch
 from clipscale.trainer.objective import build_objective
 from clipscale.trainer.opening import tell_start
 from clipscale.trainer.step import TrainStep
 from clipscale.trainer.teachers import pin_teachers
+from clipscale.trainer.work import build_work
 
 log = logging.getLogger("clipscale")
 
@@ -64,7 +64,8 @@ class Trainer:
         self.config, self.runtime = config, runtime
         self.path = run_path(config)
         place, keep_last = f"{home(config)}/{CHECKPOINTS}", config.checkpoint.keep_last
-        self.checkpoints = Checkpointer(place, keep_last, ShardStore(config.storage), self.path / "scratch")
+        store, behind = ShardStore(config.storage), config.divergence.within_steps
+        self.checkpoints = Checkpointer(place, keep_last, store, self.path / "scratch", behind)
         self.tokenizer = read_tokenizer(config, runtime)
         self.from_elsewhere = False
         # What a run starts from, in this order: its own newest checkpoint that is whole, checkpoint.resume_from,
@@ -103,16 +104,18 @@ class Trainer:
         objective = build_objective(config, teachers, runtime.device)
         self.step = TrainStep(config, runtime, laid_out, objective, optimizer, scaler, self.ema)
         self.evaluators = build_evaluators(self.data, self.store, config.model, config.global_batch_size)
+        keeping.check_measured(config, self.evaluators)
         self.saved = Saved(positions=[0] * self.train.order.streams, fingerprint=self.train.order.fingerprint)
         self.saved.teachers = [str(teacher) for teacher in teachers]
         self.account = Account(config, self.path, runtime, self.train)
         self.divergence = Divergence(config, self.path, runtime)
         self.stragglers = self.step.stragglers = Stragglers(self.path, runtime.device)
+        self.timesheet = Timesheet(self.path)
         self.attempt = 1 + count_events(self.path, "started")
-        self.positions = torch.zeros(0, dtype=torch.int64)  # of the streams of this rank, after the last step
+        self.positions = torch.zeros(0, dtype=torch.int64)  # of this rank's streams, after the last step
         self.evaluated_at = 0  # samples seen at the last evaluation
         self.checkpointed_at = -1
-        self.asked_to_save = False
+        self.asked_to_save = self.shown_batch = self.gave_up = False
 
     def fit(self) -> ExitCode:
         """Resume, then step, log, evaluate and save until the samples are seen or somebody asks to stop.
@@ -125,7 +128,8 @@ class Trainer:
         if self._is_over and not self._evaluation_is_due():
             tell_nothing_to_do(self)
             return ExitCode.DONE
-        self.meters = Meters(self.runtime.device, self.runtime.world)
+        work = build_work(self.config, self.runtime.device)
+        self.meters = Meters(self.runtime.device, self.runtime.world, self.stragglers, self.timesheet, work)
         self.sinks = self._open_sinks()
         limit_s = self.config.distributed.watchdog_s
         self.watchdog = Watchdog(self.path / "logs", self.runtime.rank, limit_s, partial(report, self.path))
@@ -133,6 +137,7 @@ class Trainer:
             batches = self._batches()
             # After the workers' server, which must not inherit its handlers.
             self.agreement = Agreement(self.runtime.device)
+            self.timesheet.began_training()
             try:
                 while (code := self._train(batches)) is None:
                     batches.close()
@@ -145,10 +150,11 @@ class Trainer:
                 self._settle()  # what was being saved when it happened is good
                 raise
             finally:
+                batches.close()
                 self.agreement.release()
         finally:
             self.watchdog.release()
-            self.sinks.close()
+            self.sinks.close(sys.exception())
 
     def _train(self, batches: Generator[Batch]) -> ExitCode | None:
         """None if other batches must come: from before training went wrong, or from behind."""
@@ -171,6 +177,7 @@ class Trainer:
                 return self._finish(ExitCode.PREEMPTED)
             if self.divergence.arrived(self.positions):
                 return None
+        self._save()  # unless it just was
         return self._finish(ExitCode.DONE)
 
     def _agree(self, now: bool) -> bool:
@@ -201,7 +208,7 @@ class Trainer:
 
     @property
     def _is_over(self) -> bool:
-        return self.saved.samples_seen >= self.config.total_samples
+        return self.gave_up or self.saved.samples_seen >= self.config.total_samples
 
     def _due(self, every_samples: int | None, ahead: int = 0) -> bool:
         """Whether this step, or the one in so many samples, is the first at or past a multiple of ``every_samples``."""
@@ -235,8 +242,9 @@ class Trainer:
         saved.samples_seen, saved.step = after, saved.step + 1
         self.divergence.trained(batch)
         self.positions = batch.positions
-        self.meters.stepped(config.global_batch_size, self.loss)
+        self.meters.stepped(config.global_batch_size, self.loss, batch.text_lengths)
         self.account.add(batch, saved)
+        show_batch(self, batch)
 
     # ---- log --------------------------------------------------------------------------------------------------
 
@@ -247,6 +255,7 @@ class Trainer:
             "train/logit_scale": self.step.logit_scale(),
             **self.step.statistics(),
             "train/grad_norm": self.step.grad_norm(),
+            "train/param_norm": self.step.param_norm(),
             "train/bad_samples": float(bad),
             "train/skipped_steps": float(self.saved.skipped_steps),
             "train/diverged_samples": float(diverged_samples(self.saved)),
@@ -254,19 +263,15 @@ class Trainer:
             **{f"train/bad_samples/{reason}": float(n) for reason, n in self.account.by_reason(bad).items()},
         }
         self._emit(values)
-        self.stragglers.tell(values["train/data_wait_s"], self.meters.interval_s, self.sinks.console.say)
+        self.stragglers.tell(self.meters.interval_s, self.sinks.console.say)
         self.account.warn(bad, truncated, self.saved.samples_seen, self.sinks.console.say)
         self.meters.restart()
         self.account.judge(bad, self.saved.samples_seen, self._epoch - self.first_epoch + 1, self._is_over)
 
     def _emit(self, values: dict[str, float]) -> None:
-        saved, time_s = self.saved, round(self._time_s, 3)
+        saved, time_s = self.saved, round(self.timesheet.time_s, 3)
         where = {"samples_seen": saved.samples_seen, "step": saved.step, "epoch": self._epoch, "time_s": time_s}
         self.sinks.log(where | values)
-
-    @property
-    def _time_s(self) -> float:
-        return self.saved.time_s + time.perf_counter() - self.started
 
     @property
     def _epoch(self) -> int:
@@ -286,32 +291,40 @@ class Trainer:
         values: dict[str, float] = {}
         self.model.eval()
         patient = waiting_up_to(self.config.eval.timeout_s, self.config.distributed.timeout_s)
-        with patient, self.watchdog.during("evaluation"), self.ema.applied() if self.ema else nullcontext():
+        watched, timed = self.watchdog.during("evaluation"), self.timesheet.on("evaluation")
+        with patient, watched, timed, self.ema.applied() if self.ema else nullcontext():
             context = eval_context(self.config, self.model, self.tokenizer, self.runtime.device)
             for evaluator in self.evaluators:
                 values |= evaluator.run(context)
-        self._emit(values)
+        if keeping.mark_best(self.saved, self.config.checkpoint.best_metric, values, self.runtime):
+            self._save(is_best=True)
+        self._emit(values)  # last: what is in the metrics is not measured again
+        self.evaluated_at, self.gave_up = keeping.look_back(self.config, self.path, self.saved, self.runtime)
+        record_examples(self, context.examples)
         self.meters.restart()
-        best = mark_best(self.saved, self.config.checkpoint.best_metric, values) and self.runtime.is_main
-        # By one rank's word: the last digits of others may differ.
-        if int(total(torch.tensor([best], dtype=torch.int64, device=self.runtime.device))):
-            self._save()  # unless this step has been saved
 
-    def _save(self) -> None:
+    def _save(self, is_best: bool = False) -> None:
         self.asked_to_save = False
         if self.checkpointed_at == self.saved.step:
+            if is_best:
+                self._settle()
+                self.checkpoints.amend(self.saved)
             return
         self.watchdog.begin("save")
+        began = time.perf_counter()
         self._settle()
         self.checkpointed_at = self.saved.step
         self.account.save(self.saved)
         self.saved.positions = gather(self.positions.to(self.runtime.device)).tolist()
-        self.saved.time_s, self.started = self._time_s, time.perf_counter()
+        self.saved.time_s, self.saved.spent = self.timesheet.time_s, self.timesheet.spent
+        self.started = time.perf_counter()
         self.saved.scaler = self.step.scaler.state_dict()
-        mark_kept(self.saved, self.config.checkpoint.keep_every_samples)
+        self.kept_before = self.saved.kept_at
+        keeping.mark_kept(self.saved, self.config.checkpoint.keep_every_samples)
         self.saved.wandb_id = read_run_id(self.path)
         ema = self.ema.state_dict() if self.ema else {}
         self.checkpoints.save(self.model, self.step.optimizer, ema, self.saved)
+        self.timesheet.add("checkpoint", time.perf_counter() - began)
         self.meters.restart()
 
     def _go_back(self) -> None:
@@ -324,14 +337,10 @@ class Trainer:
         self._restore(checkpoint)
         if self.runtime.is_main:
             self.checkpoints.forget_after(self.saved.step)
-        self.divergence.skip(passed, self.saved)
-        self._begin()
+        told = self.divergence.skip(passed, self.saved)
+        self._begin(time.perf_counter())
         self.sinks.rewind(self.saved.samples_seen)
-        self.sinks.console.say(
-            f"warning: training went wrong, steps {', '.join(map(str, saved.bad_steps))} were bad; back to "
-            f"{checkpoint.name}, and around the batches from step {passed.step + 1} to {saved.step}; keys in "
-            f"{self.path}/diverged"
-        )
+        self.sinks.console.say(f"warning: {told}")
 
     def _settle(self) -> None:
         """Wait for the save that is under way; one that failed is told, and the last good checkpoint stands."""
@@ -344,13 +353,15 @@ class Trainer:
         if not problem:
             return
         log.warning(problem)
+        self.saved.kept_at = self.kept_before  # the next one may be kept in its place
         if self.runtime.is_main:
             log_event(self.path, "save_failed", samples_seen=self.saved.samples_seen, problem=problem)
             self.sinks.console.say(f"warning: {problem}; training goes on, and the last good checkpoint is kept")
 
     def _finish(self, code: ExitCode) -> ExitCode:
         self.watchdog.begin("save")
-        self.checkpoints.wait()
+        with self.timesheet.on("checkpoint"):
+            self.checkpoints.wait()
         tell_end(self, code)
         return code
 
@@ -367,10 +378,10 @@ class Trainer:
             self._restore(newest)
             if self.from_elsewhere:
                 self.checkpointed_at = -1
-                make_own(self.saved)
-        self._begin()
+                keeping.make_own(self.saved)
+        self._begin(self.runtime.began)
         if self.runtime.is_main:
-            record_damage(self.path, self.checkpoints.damaged)
+            keeping.record_damage(self.path, self.checkpoints.damaged)
             self.unfinished = self.checkpoints.clean()
             save_config(self.config, self.path / "config.yaml")  # with the window that was chosen
             if self.saved.wandb_id:
@@ -378,35 +389,32 @@ class Trainer:
             log_event(
                 self.path, "started", attempt=self.attempt, world_size=self.runtime.world,
                 samples_seen=self.saved.samples_seen, checkpoint=newest and newest.name,
+                startup_s=round(time.perf_counter() - self.runtime.began, 1),
             )  # fmt: skip
             self.tokenizer.save(self.path / TOKENIZER)  # now: until it has started, a run may be given another
             if self.config.checkpoint.dir is not None:
-                record_elsewhere(self.config, self.path)
+                keeping.record_elsewhere(self.config, self.path)
 
     def _restore(self, checkpoint: Stored) -> None:
         ema = self.ema.state_dict() if self.ema else {}
         self.saved = self.checkpoints.restore(checkpoint, self.model, self.step.optimizer, ema)
-        check_order(self.saved, self.train.order, self.path)
+        keeping.check_order(self.saved, self.train.order, self.path)
         configure(self.step.optimizer, self.config.optim)
         if self.saved.scaler:  # empty if the run had none until now
             self.step.scaler.load_state_dict(self.saved.scaler)
         self.checkpointed_at = self.saved.step
 
-    def _begin(self) -> None:
-        """Count from where the run stands."""
+    def _begin(self, since: float) -> None:
+        """Count from where the run stands, and time from ``since``."""
+        self.timesheet.resumed(self.saved.time_s, self.saved.spent, since)
         mine = np.array_split(np.arange(self.train.order.streams), self.runtime.world)[self.runtime.rank]
         self.positions = torch.tensor(self.saved.positions, dtype=torch.int64)[mine]
         self.account.resumed(self.saved, self.attempt)
         self.divergence.resumed(self.saved, self.attempt, self.positions)
         self.first_epoch = self._epoch
-        # One rank reads the file for all: they must not disagree on what comes next.
-        made = evaluated_at(self.path / "metrics.jsonl", self.saved.samples_seen) if self.runtime.is_main else 0
-        self.evaluated_at = int(total(torch.tensor([made], device=self.runtime.device)))
+        self.evaluated_at, self.gave_up = keeping.look_back(self.config, self.path, self.saved, self.runtime)
 
     def _open_sinks(self) -> Sinks:
-        config, saved = self.config, self.saved
-        settings = {key: value_of(config, key) for key, _, _ in leaves(Schema)}
-        main = self.runtime.is_main
-        sinks = Sinks(self.path, config.tracking, settings, saved.samples_seen, config.total_samples, main)
+        sinks = Sinks(self.path, self.config, self.saved.samples_seen, self.runtime.is_main)
         tell_start(self, sinks.console.say)
         return sinks

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import clipscale
-from clipscale.apps.evaluate import evaluate
+from clipscale.apps.evaluation.own import evaluate
 from clipscale.apps.interpolate import interpolate
 from clipscale.cli import start
 from clipscale.config import compose, load_config, validate

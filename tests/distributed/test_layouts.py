@@ -152,6 +152,8 @@ def _assert_within(row: Row, pools: Any) -> None:
     found, bounds = errors(row, pools, count), BOUNDS[row.precision]
     if "parallel.bf16_reduce=true" in row.more:
         bounds = Bounds(2**-7, 1e-5, 0.02)  # two roundings to 8 bits
+    if row.tower == "resnet50_clip":
+        bounds = bounds._replace(gradient=3e-5)  # one process in float32 is itself 1.4e-5 from its gradient in float64
     if row.tower == "resnet18" and row.precision == "bf16":
         bounds = Bounds(0.3, 2e-3, 0.03)  # BatchNorm over 16 pairs makes much of them
     assert all(error <= bound for error, bound in zip(found, bounds, strict=True)), f"{row}: {found}"

@@ -7,33 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.peak import Peak
 from clipscale.losses import clip_loss, siglip_loss
 from clipscale.losses.memory import LossMemory, loss_memory
 
 N, D = 2048, 128
-
-
-class Peak(TorchDispatchMode):
-    """Most bytes at once in storages that operations return, but for those of ``given``."""
-
-    def __init__(self, *given: torch.Tensor) -> None:
-        super().__init__()
-        self.given = {tensor.untyped_storage()._cdata for tensor in given}
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.given:
-                storage = tensor.untyped_storage()
-                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.alive = {key: one for key, one in self.alive.items() if not one[0].expired()}
-        self.bytes = max(self.bytes, sum(size for _, size in self.alive.values()))
-        return out
 
 
 def _peak(options: dict[str, Any]) -> int:

@@ -13,7 +13,7 @@ from PIL import Image
 
 import clipscale
 from clipscale.trainer.teachers import resize_pixels
-from tests.runs import losses, rows, run
+from tests.runs import losses, rows, run_here
 from tests.shards import jpeg, sample, write_shard
 
 COUNT, BATCH = 96, 32
@@ -49,7 +49,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def train(recipe: list[str], name: str, *overrides: str) -> dict[int, float]:
-    run(*recipe, f"name={name}", *overrides)
+    run_here(*recipe, f"name={name}", *overrides)
     return losses(Path(recipe[0].removeprefix("runs_dir="), name))
 
 
@@ -97,20 +97,20 @@ def test_a_teacher_that_trains_on_teaches_what_it_knew(recipe: list[str], teache
     assert train(recipe, "afterwards", *taught, "schedule=constant")[BATCH] != before[BATCH]
     pinned = next((teacher / "checkpoints").glob("step_*4"))
     (pinned / "manifest.json").write_text((pinned / "manifest.json").read_text() + " ")
-    output = run(*recipe, "name=interrupted", *taught, "schedule=constant", f"total_samples={6 * BATCH}", expect=2)
+    output = run_here(*recipe, "name=interrupted", *taught, "schedule=constant", f"total_samples={6 * BATCH}", expect=2)
     assert "is not the checkpoint that this run has learnt from" in output
 
 
 def test_teachers_that_cannot_be_asked_are_told(recipe: list[str], teacher: Path, tmp_path: Path) -> None:
-    output = run(*recipe, f"loss.teachers=[{tmp_path}]", expect=2)
+    output = run_here(*recipe, f"loss.teachers=[{tmp_path}]", expect=2)
     assert "neither a run directory nor a checkpoint" in output
-    output = run(*recipe, f"loss.teachers=[{teacher}]", "model.context_length=20", expect=2)
+    output = run_here(*recipe, f"loss.teachers=[{teacher}]", "model.context_length=20", expect=2)
     assert "use tokenizer.context_length=12" in output
-    output = run(*recipe, "name=self", f"loss.teachers=[{recipe[0].removeprefix('runs_dir=')}/self]", expect=2)
+    output = run_here(*recipe, "name=self", f"loss.teachers=[{recipe[0].removeprefix('runs_dir=')}/self]", expect=2)
     assert "is this run itself" in output
-    output = run(*recipe, f"loss.teachers={teacher}", expect=2)
+    output = run_here(*recipe, f"loss.teachers={teacher}", expect=2)
     assert "must be a list; write loss.teachers=[RUN]" in output
-    output = run(*recipe, "loss.teachers=[{image: t.image.npy}]", expect=2)
+    output = run_here(*recipe, "loss.teachers=[{image: t.image.npy}]", expect=2)
     assert "write RUN or {image: MEMBER, text: MEMBER, logit_scale: 100}" in output
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,11 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import clipscale
+from clipscale.cli import app
 from clipscale.data.manifest import ShardFile
 from clipscale.data.stream import read_samples
-from tests.runs import command, keys, kill_everything, losses, rows, run
+from tests.runs import command, keys, kill_everything, losses, rows, run, run_here
 from tests.shards import STORE, jpeg, write_shards
 
 BATCH, STEPS = 32, 60
@@ -83,11 +86,19 @@ def test_a_run_leaves_what_it_should(undisturbed: tuple[Path, str], data: Path) 
         "environment.json",
         "metrics.jsonl",
         "events.jsonl",
+        "examples.json",
+        "report.html",
         "logs/rank0.log",
     ):
         assert (path / name).stat().st_size, name
     result = json.loads((path / "result.json").read_text())
     assert (result["status"], result["exit_code"]) == ("done", 0)
+    spent = {key: value for key, value in result["metrics"].items() if key.startswith("time/") and key.endswith("_s")}
+    assert sum(spent.values()) == pytest.approx(2 * spent["time/wall_s"], abs=0.1), "every second has a name"
+    assert 0 < result["metrics"]["time/goodput"] < 1
+    asked = json.loads((path / "examples.json").read_text())
+    assert len(asked["retrieval"]) == 8 and asked["samples_seen"] == BATCH * STEPS
+    assert len(asked["confusion"]["classes"]) == 7
     last = rows(path)[-1]
     for key in ("val/loss", "val/retrieval/i2t_r1", "val/retrieval/t2i_r10", "val/zeroshot/top5"):
         assert key in last
@@ -142,9 +153,11 @@ def test_microbatches_equal_whole_batches(undisturbed: tuple[Path, str], recipe:
 
 
 def test_microbatches_that_cannot_be_are_one_line(recipe: list[str]) -> None:
-    assert "error: optim.microbatches=33 is more than" in run(*recipe, "name=many", "optim.microbatches=33", expect=2)
+    assert "error: optim.microbatches=33 is more than" in run_here(
+        *recipe, "name=many", "optim.microbatches=33", expect=2
+    )
     sizes = [f"model.vision.{key}=null" for key in ("patch_size", "width", "layers", "heads")]
-    refused = run(*recipe, "name=norm", "model.vision.timm=resnet18", *sizes, "optim.microbatches=2", expect=2)
+    refused = run_here(*recipe, "name=norm", "model.vision.timm=resnet18", *sizes, "optim.microbatches=2", expect=2)
     assert "error: optim.microbatches=2: BatchNorm" in refused
 
 
@@ -237,7 +250,7 @@ def test_too_many_bad_samples_stop_the_run(recipe: list[str], world: int) -> Non
         (["name=undisturbed", "seed=9"], "seed: 0 in the run, 9 now"),
         (["tokenizer.context_length=99"], "model.context_length=99"),
         (["model.text.vocab_size=100"], "use model.text.vocab_size=49408"),
-        (["cluster=slurm"], "launch/slurm.sbatch"),
+        (["cluster=slurm"], "use `clipscale launch`"),
         (["data.val.group_key=json:colour"], "none of the 40 samples can be used (40 x no_colour)"),
         (["data.zeroshot.label_key=json:captions"], "40 x label_is_no_number"),
         (["runs_dir=/proc/nowhere"], "cannot be written"),
@@ -247,7 +260,7 @@ def test_too_many_bad_samples_stop_the_run(recipe: list[str], world: int) -> Non
 def test_mistakes_are_one_line(
     undisturbed: tuple[Path, str], recipe: list[str], overrides: list[str], message: str
 ) -> None:
-    output = run(*recipe, "name=mistake", *overrides, expect=2)
+    output = run_here(*recipe, "name=mistake", *overrides, expect=2)
     assert message in output
     assert output.startswith("error: ")
 
@@ -257,7 +270,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where somebody trained a short demo, and has two pictures."""
     place = tmp_path_factory.mktemp("demo")
     small = ["data.shapes.train=128", "data.shapes.val=32", "data.shapes.classes=24", "data.shapes.image_size=32"]
-    run(
+    run_here(
         f"runs_dir={place}/runs",
         "name=demo",
         "total_samples=256",
@@ -280,20 +293,43 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "docs/curating.md",
         "docs/inspecting.md",
         "docs/layouts.md",
+        "docs/generalising.md",
         "docs/loss.md",
         "docs/models.md",
+        "docs/planning.md",
+        "docs/probing.md",
         "docs/surviving.md",
+        "docs/watching.md",
         "docs/weights.md",
     ],
 )
-def test_the_examples_run(demo: Path, page: str) -> None:
+def test_the_examples_run(
+    demo: Path, page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
     (demo / "cat.jpg").write_bytes(jpeg(1))
+    monkeypatch.chdir(demo)
     for block in blocks:
-        done = subprocess.run([sys.executable, "-c", block], cwd=demo, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout
+        exec(compile(block, page, "exec"), {"__name__": "__main__"})
+        assert capsys.readouterr().out
+
+
+def test_from_a_folder_to_a_search_page(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of the tutorial, from its own pictures on; but for the server, which would not end."""
+    page = (ROOT / "docs" / "tutorials" / "search_page.md").read_text()
+    monkeypatch.chdir(demo)
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(block, {})
+    lines = "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).replace("\\\n", " ").splitlines()
+    for line in lines:
+        words = shlex.split(line)[1:]
+        if words[0] == "train":
+            assert "done: " in run_here(*words[1:], "tracking=disabled")
+        else:
+            done = CliRunner().invoke(app, words, catch_exceptions=False)
+            assert done.exit_code == 0, done.output
+    assert done.stdout.count(".png") == 3, done.stdout
 
 
 def test_eval_on_other_data(demo: Path, data: Path) -> None:
@@ -326,7 +362,7 @@ def test_killed_in_an_evaluation_it_is_made_up_for(
 
 
 def test_the_torchrun_script_starts_one_rank_without_gpus(tmp_path: Path) -> None:
-    for name, body in (("torchrun", 'echo "$@"'), ("nvidia-smi", "exit 9")):
+    for name, body in (("python", 'echo "$@"'), ("nvidia-smi", "exit 9")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -334,12 +370,15 @@ def test_the_torchrun_script_starts_one_rank_without_gpus(tmp_path: Path) -> Non
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--standalone" in done.stdout and "--nproc-per-node=1" in done.stdout
-    assert done.stdout.rstrip().endswith("-m clipscale.train experiment=demo")
+    assert done.stdout.startswith("-m clipscale.launch.node ") and done.stdout.rstrip().endswith("-- experiment=demo")
 
 
 def test_a_sweep_runs_every_job(recipe: list[str]) -> None:
     output = run(*recipe, "-m", "optim.lr=1e-3,1e-2", "total_samples=96")
     assert output.count("done: ") == 2
+    head, *found = [line for line in output.splitlines() if line.strip()][-3:]
+    assert head.split()[:2] == ["optim.lr", "val/retrieval/i2t_r1"]
+    assert {line.split()[0] for line in found} == {"0.001", "0.01"}
 
 
 def test_cfg_job_prints_and_trains_nothing(tmp_path: Path) -> None:
@@ -362,7 +401,7 @@ def test_a_table_trains_without_packing(recipe: list[str], data: Path, tmp_path:
         rows.append(f'{number}.jpg,"{one.members["txt"].decode()}"')
     (tmp_path / "pairs.csv").write_text("\n".join([*rows, "nowhere.jpg,lost"]))
     table = [*recipe, "name=table", f"data.root={tmp_path}", "data.train.shards=pairs.csv", "data.caption_key=txt"]
-    output = run(*table, "data.val.shards=null", "data.zeroshot.shards=null", f"total_samples={BATCH * 4}")
+    output = run_here(*table, "data.val.shards=null", "data.zeroshot.shards=null", f"total_samples={BATCH * 4}")
     assert "data 41 samples" in output and "missing_image" in output
     traced = keys(Path(recipe[0].removeprefix("runs_dir=")) / "table")
     seen = Counter(key for names in traced.values() for key in names)
@@ -373,5 +412,7 @@ def test_synthetic_data(recipe: list[str]) -> None:
     kept = [
         one for one in recipe if not one.startswith(("data=", "data.root", "data.train", "data.val", "data.zeroshot"))
     ]
-    output = run(*kept, "data=synthetic", "name=synthetic", f"total_samples={BATCH * 4}", "data.synthetic.samples=100")
+    output = run_here(
+        *kept, "data=synthetic", "name=synthetic", f"total_samples={BATCH * 4}", "data.synthetic.samples=100"
+    )
     assert "done: " in output and "data 100 samples" in output

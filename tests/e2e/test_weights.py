@@ -17,7 +17,7 @@ from clipscale.data.tokenizer import build_tokenizer
 from clipscale.distributed.runtime import Runtime
 from clipscale.trainer.build import build_loader, build_train_data, place_data
 from tests.peers import small
-from tests.runs import losses, run
+from tests.runs import losses, run, run_here
 from tests.shards import STORE
 
 BATCH = 32
@@ -53,22 +53,23 @@ def test_a_run_starts_from_weights(layout: list[str], tmp_path: Path) -> None:
     weights = tmp_path / "start.pt"
     torch.save(other.state_dict(), weights)
     command = [*recipe(tmp_path), "name=from", *layout]
-    output = run(*command, f"init.weights={weights}", f"total_samples={BATCH}")
+    start = run if layout else run_here
+    output = start(*command, f"init.weights={weights}", f"total_samples={BATCH}")
     assert f"starting from {weights}, of 32 samples" in output
     path = tmp_path / "from"
     assert losses(path)[BATCH] == pytest.approx(first_loss(load_config(path / "config.yaml"), other), rel=1e-5)
     if layout:
         return
     weights.unlink()  # they decide the start, and only that
-    assert "resuming at 32" in run(*command, f"init.weights={weights}", f"total_samples={2 * BATCH}")
-    refused = run(*command, f"total_samples={3 * BATCH}", expect=2)
+    assert "resuming at 32" in run_here(*command, f"init.weights={weights}", f"total_samples={2 * BATCH}")
+    refused = run_here(*command, f"total_samples={3 * BATCH}", expect=2)
     assert f"init.weights: '{weights}' in the run, None now" in refused
 
 
 def test_weights_of_another_model_are_refused_before_training(tmp_path: Path) -> None:
     torch.save(small("tiny")[1].state_dict(), tmp_path / "tiny.pt")
     command = [*recipe(tmp_path), f"init.weights={tmp_path / 'tiny.pt'}", "name=wrong"]
-    output = run(*command, "model=vit_s_16", "total_samples=32", expect=2)
+    output = run_here(*command, "model=vit_s_16", "total_samples=32", expect=2)
     assert output.startswith("error: init.weights=") and output.strip().endswith("use model=tiny")
     assert not count_events(tmp_path / "wrong", "started")
 

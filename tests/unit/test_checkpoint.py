@@ -186,7 +186,7 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path: Path) -> None:
 
 
 def test_load_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ClipscaleError, match="neither a run directory nor a checkpoint"):
+    with pytest.raises(ClipscaleError, match="nothing does not exist; name a run, a checkpoint, open_clip:NAME/TAG"):
         clipscale.load(tmp_path / "nothing")
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ClipscaleError, match="no finished checkpoint"):

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
 from clipscale.checkpoint import Checkpointer, Saved
 from clipscale.config import compose, validate
@@ -17,11 +18,13 @@ from clipscale.config.rundir import open_run
 from clipscale.data.manifest import ShardFile
 from clipscale.data.order import SampleOrder, stretches
 from clipscale.data.stream import read_stream
+from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError, DivergedError, ExitCode
 from clipscale.models import Features
 from clipscale.train import train
+from clipscale.trainer.divergence import Divergence, Passed, diverged_samples
 from clipscale.trainer.step import TrainStep
-from tests.runs import keys, losses, rows
+from tests.runs import events, keys, losses, rows
 from tests.shards import STORE, write_shards
 
 BATCH, STEPS = 16, 16
@@ -116,10 +119,6 @@ def last_saved(path: Path) -> Saved:
     return stored.manifest().saved
 
 
-def events(path: Path, kind: str) -> list[dict]:
-    return [e for e in map(json.loads, (path / "events.jsonl").read_text().splitlines()) if e["event"] == kind]
-
-
 def named(path: Path) -> Counter:
     lines = [line for file in (path / "diverged").iterdir() for line in file.read_text().splitlines()]
     return Counter(row["reason"] for row in map(json.loads, lines))
@@ -174,7 +173,31 @@ def test_what_is_passed_over_survives_a_resume(go: Train, truth: Path, poison: s
     assert [ours[step] for step in range(1, 8)] == [theirs[step] for step in range(1, 8)]
     assert [ours[step] for step in range(8, STEPS - 3)] == [theirs[step] for step in range(12, STEPS + 1)]
     saved = last_saved(path)
-    assert (saved.rollbacks, saved.jump, len(saved.skipped)) == (1, [], 1) and len(events(path, "started")) == 2
+    assert (saved.rollbacks, saved.jumps, len(saved.skipped)) == (1, [], 1) and len(events(path, "started")) == 2
+
+
+@pytest.mark.parametrize(("ahead", "expected"), [(30, [[15, 320], [25, 400]]), (20, [[15, 400]])])
+def test_wrong_again_on_the_way_to_a_window(tmp_path: Path, ahead: int, expected: list[list[int]]) -> None:
+    """The window ahead is as far behind the new one as it was; one that follows at once is one with it."""
+    judge = Divergence(compose([])[0], tmp_path, Runtime(0, 1, 0, torch.device("cpu")))
+    before = Saved(step=19, jumps=[[ahead, 400]], bad_steps=[19, 20])
+    judge.resumed(before, 1, torch.tensor([300]))
+    before.step = 20
+    now = Saved(step=8)
+    assert "19, 20 were bad; back to step 8, and around the batches from step 16 to 20" in judge.skip(
+        Passed(15, [320]), now
+    )
+    assert now.jumps == expected
+    judge.resumed(now, 1, torch.tensor([128]))
+    assert now.skipped == []
+    now.step = 15
+    assert judge.arrived(torch.tensor([240])) and not judge.arrived(torch.tensor([240]))
+    assert now.skipped == [[[240], expected[0][1:]]] and now.jumps == expected[1:]
+
+
+def test_what_is_passed_over_twice_counts_once() -> None:
+    saved = Saved(skipped=[[[10, 10], [20, 15]], [[5, 12], [25, 18]]])
+    assert diverged_samples(saved) == 20 + 8
 
 
 def test_again_and_again_it_stops(go: Train, truth: Path, poison: set[str]) -> None:

@@ -177,7 +177,10 @@ def test_the_model_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     card = (tmp_path / "out" / "README.md").read_text()
     for part in ("# mine", "| samples seen | 512 |", "| val/loss | 1.25 |", "their moving average", "local-dir:out"):
         assert part in card
-    assert "secret" not in card and "train/loss" not in card and "Biases and limits" in card
+    assert "secret" not in card and "train/loss" not in card
+    headings = re.findall(r"^## (.*)$", card, re.MULTILINE)
+    assert headings == ["Intended use", "How to load it", "Training", "Data", "Evaluation", "Biases", "Limits"]
+    assert "Not measured" in card
     monkeypatch.chdir(tmp_path)
     exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0])
     result = json.loads((run / "result.json").read_text())

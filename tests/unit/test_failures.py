@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from clipscale.config import compose
-from clipscale.config.rundir import report
+from clipscale.config.rundir import ended_on_purpose, report, write_result
 from clipscale.errors import ExitCode
 from clipscale.train import _for_torchrun
 from clipscale.trainer.failures import in_one_line
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.72 GiB."
+Agent = Callable[[int, int], dist.Store]
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch) -> Agent:
+    """As torchrun starts rank 0 of so many, with so many restarts left of three; the store that they share."""
+
+    def start(world: int, left: int) -> dist.Store:
+        known = {"RANK": 0, "WORLD_SIZE": world, "TORCHELASTIC_MAX_RESTARTS": 3, "TORCHELASTIC_RESTART_COUNT": 3 - left}
+        for name, value in known.items():
+            monkeypatch.setenv(name, str(value))
+        return dist.HashStore()
+
+    return start
 
 
 @pytest.mark.parametrize(
@@ -63,12 +79,29 @@ def test_what_nobody_expected_keeps_its_traceback() -> None:
         (ExitCode.USER_ERROR, 3, 0), (ExitCode.DIVERGED, 1, 0), (ExitCode.DATA_BUDGET, 2, 0), (ExitCode.DIVERGED, 0, 3),
     ],
 )  # fmt: skip
-def test_torchrun_starts_again_only_what_failed(
-    monkeypatch: pytest.MonkeyPatch, code: ExitCode, left: int, expected: int
-) -> None:
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(3 - left))
-    assert _for_torchrun(code) == expected
+def test_torchrun_starts_again_only_what_failed(agent: Agent, code: ExitCode, left: int, expected: int) -> None:
+    assert _for_torchrun(code, agent(1, left)) == expected
+
+
+def test_a_rank_that_fails_alone_has_torchrun_end_the_others(agent: Agent) -> None:
+    store = agent(2, 3)
+    assert _for_torchrun(ExitCode.USER_ERROR, store, 0.3) == ExitCode.USER_ERROR, "the other is in a collective"
+    assert _for_torchrun(ExitCode.USER_ERROR, store, 0.3) == 0, "the other one has ended, too"
+
+
+def test_what_would_come_again_is_not_tried_again(tmp_path: Path) -> None:
+    assert ended_on_purpose(tmp_path) is None
+    for code in ExitCode:
+        status = {ExitCode.DONE: "done", ExitCode.PREEMPTED: "preempted"}.get(code, "failed")
+        write_result(tmp_path, status, code)
+        stays = code in (ExitCode.USER_ERROR, ExitCode.DIVERGED, ExitCode.DATA_BUDGET)
+        assert ended_on_purpose(tmp_path) == (code if stays else None)
+
+
+def test_an_error_is_told_over_what_an_attempt_before_said(tmp_path: Path) -> None:
+    write_result(tmp_path, "preempted", ExitCode.PREEMPTED)
+    assert report(tmp_path, "no such device", ExitCode.USER_ERROR) is ExitCode.USER_ERROR
+    assert json.loads((tmp_path / "result.json").read_text())["error"] == "no such device"
 
 
 def test_the_first_rank_that_fails_speaks_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 import clipscale
-from clipscale.apps.evaluate import evaluate
+from clipscale.apps.evaluation.own import evaluate
 from clipscale.checkpoint import Checkpointer, Saved
 from clipscale.checkpoint.files import read_file
 from clipscale.checkpoint.manifest import MANIFEST, Manifest, checksum

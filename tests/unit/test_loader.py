@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import subprocess
@@ -54,13 +55,13 @@ def index(path: Path) -> ShardIndex:
 
 
 def make_loader(
-    files: list[ShardFile], order: SampleOrder, tokenizer: Tokenizer, batch: int, **given: Any
+    files: list[ShardFile], order: SampleOrder, tokenizer: Tokenizer, batch: int, workers: int = 0, **given: Any
 ) -> TrainLoader:
     """The batches of one rank from the start."""
     options = SampleOptions(("jpg",), "txt", ImageOptions(16, (0.5, 1.0), (0.75, 4 / 3), 10**6), 5, **given)
     return TrainLoader(
         order, files, np.zeros(order.streams, np.int64), rank=0, world=1, global_batch_size=batch, options=options,
-        tokenizer=tokenizer, workers=0, pin_memory=False,
+        tokenizer=tokenizer, workers=workers, pin_memory=False,
     )  # fmt: skip
 
 
@@ -141,6 +142,16 @@ def test_hopeless_data_ends_with_the_reason(tmp_path: Path, tokenizer: Tokenizer
     files = shard_files(write_shards(tmp_path, [30], {n: {"txt": b"a"} for n in range(30)}))
     with pytest.raises(DataError, match=r"\d{5} x no_image; check data.image_keys"):
         next(iter(make_loader(files, make_order(files), tokenizer, STREAMS)))
+
+
+def test_workers_end_with_the_error_of_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Though the error, which is still held here, holds them."""
+    files = shard_files(write_shards(tmp_path, [30, 30, 30]))
+    order, before = make_order(files), set(multiprocessing.active_children())
+    (tmp_path / "00001.tar").unlink()
+    with pytest.raises(DataError, match=r"00001\.tar cannot be read") as caught:
+        list(make_loader(files, order, tokenizer, STREAMS, workers=2))
+    assert caught.value is not None and set(multiprocessing.active_children()) == before
 
 
 def test_a_stream_of_bad_samples_alone_ends_with_the_reason(tmp_path: Path, tokenizer: Tokenizer) -> None:

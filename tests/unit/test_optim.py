@@ -104,9 +104,7 @@ def test_ema_moves_and_swaps() -> None:
     with ema.applied():
         torch.testing.assert_close(model.weight.detach(), start + 0.25)
     torch.testing.assert_close(model.weight.detach(), start + 1)
-    other = Ema(torch.nn.Linear(2, 2), 0.75)
-    other.load_state_dict(ema.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(ema.state_dict().values(), other.state_dict().values(), strict=True))
+    torch.testing.assert_close(ema.state_dict()["weight"], start + 0.25)
 
 
 def test_temperature_starts_where_clip_does() -> None:

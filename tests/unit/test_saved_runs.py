@@ -7,19 +7,22 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import clipscale
+from clipscale.checkpoint import Saved
 from clipscale.checkpoint.manifest import MANIFEST
 from clipscale.config import compose
 from clipscale.config.rundir import open_run
+from clipscale.distributed.runtime import Runtime
 from clipscale.errors import ConfigError
 from clipscale.train import main, recorded_config
+from clipscale.trainer.keeping import look_back
 from tests.buckets import BUCKET, KEYS, overrides, s3_server
-from tests.runs import losses
+from tests.runs import events, losses, rows
+from tests.shards import write_shards
 from tests.unit.test_checkpoint import disk_of, flip, tensors_of
 
 BATCH = 8
@@ -38,11 +41,6 @@ def train(runs: Path, steps: int, *more: str) -> tuple[int, Path]:
     config, experiment = compose(changes)
     run = open_run(config, experiment, changes, 1, recorded_config)
     return main(["--config", str(run.path / "config.yaml")]), run.path
-
-
-def events(path: Path, kind: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["event"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +144,40 @@ def quiet() -> Iterator[None]:
     """A run keeps its log open until another one begins."""
     yield
     logging.getLogger("clipscale").handlers.clear()
+
+
+def test_patience_ends_a_run_that_no_longer_improves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends as done, with its last weights saved; again it is over, and with more patience it goes on."""
+    shards = write_shards(tmp_path / "data", [24])
+    still = ["data=shards", f"data.train.shards={shards[0]}", f"data.val.shards={shards[0]}", "eval.every_samples=16"]
+    still += ["optim.lr=1e-30", "eval.objective=val/loss", "name=still"]
+    code, path = train(tmp_path, 12, *still, "eval.patience=2")
+    assert code == 0 and "ended early: 2 evaluations did not improve val/loss" in capsys.readouterr().out
+    made = [row for row in rows(path) if "val/loss" in row]
+    assert [row["samples_seen"] for row in made] == [16, 32, 48] and rows(path)[-1]["samples_seen"] == 48
+    assert json.loads((path / "result.json").read_text())["status"] == "done"
+    assert (path / "checkpoints" / "step_00000006" / MANIFEST).exists()
+    assert train(tmp_path, 12, *still, "eval.patience=2")[0] == 0
+    assert "ended when val/loss no longer improved; nothing to do (raise eval.patience" in capsys.readouterr().out
+    assert train(tmp_path, 12, *still, "eval.patience=3")[0] == 0
+    assert rows(path)[-1]["samples_seen"] == 64
+    assert train(tmp_path, 4, *still[:-1], "name=odd", "eval.patience=1", "eval.objective=val/nothing")[0] == 2
+    assert (
+        "eval.objective=val/nothing is not measured in this run; choose from val/loss, val/" in capsys.readouterr().err
+    )
+
+
+def test_patience_is_with_the_checkpoints_and_nan_is_no_progress(tmp_path: Path) -> None:
+    """A machine without the run's rows goes on counting; an evaluation that is no number is one that is worse."""
+    config, _ = compose(["eval.patience=3", "eval.objective=val/loss"])
+    saved, alone = Saved(samples_seen=64), Runtime(0, 1, 0, torch.device("cpu"))
+    told = [{"samples_seen": 16 * i, "val/loss": loss} for i, loss in enumerate((4.0, 3.0, None), start=1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    assert look_back(config, tmp_path, saved, alone) == (48, False)
+    assert (saved.objective, saved.not_improved) == (3.0, 1)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"samples_seen": 64, "val/loss": 3.5}) + "\n")
+    assert look_back(config, tmp_path, saved, alone) == (64, False)
+    assert look_back(config, tmp_path, saved, alone) == (64, False), "nothing is counted twice"
+    (tmp_path / "metrics.jsonl").unlink()
+    saved.not_improved = 3
+    assert look_back(config, tmp_path, saved, alone) == (64, True)

@@ -28,7 +28,16 @@ def tell(path: Path) -> list[str]:
     for _ in range(3):
         with stragglers.computing():
             pass
-        stragglers.tell(4.0 * rank(), 10.0, said.append)
+        own = {
+            "train/data_wait_s": 4.0 * rank(),
+            "train/memory_peak_bytes": 1.0 + rank(),
+            "train/tokens_per_caption": 8.0,
+        }
+        found = stragglers.compare(own | {"train/tokens_per_caption": 8.0}, steps=4)
+        assert (found["train/data_wait_s"], found["train/memory_peak_bytes"]) == (4.0, 2.0)
+        assert (found["train/tokens_per_caption"], found["train/slowest_rank"]) == (8.0, 1.0)
+        assert 0 <= found["train/rank_s_min"] < 1 <= found["train/rank_s_max"]
+        stragglers.tell(10.0, said.append)
     return said
 
 

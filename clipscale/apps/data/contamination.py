@@ -100,7 +100,7 @@ def compare(task: CompareTask) -> dict[str, Any]:
     ours, theirs = load_pictures(task.train), _evaluation(task.evaluation)
     shard = int(task.train.stem)
     best: dict[int, tuple[int, int, int, int]] = {}
-    for image, other, kind, apart in _alike_pairs(ours, theirs, task.distance):
+    for image, other, kind, apart in alike_pairs(ours, theirs, task.distance):
         match = (kind, apart, shard, int(ours.places[other]))
         best[image] = min(best.get(image, match), match)
     known: dict[int, int] = {}
@@ -114,7 +114,7 @@ def compare(task: CompareTask) -> dict[str, Any]:
     return {"pictures": sorted(best.items()), "captions": sorted(said.items())}
 
 
-def _alike_pairs(ours: Pictures, theirs: Pictures, distance: int) -> Iterator[tuple[int, int, int, int]]:
+def alike_pairs(ours: Pictures, theirs: Pictures, distance: int) -> Iterator[tuple[int, int, int, int]]:
     """``(evaluation image, training image, kind, bits apart)``: all with all, of one training shard."""
     step = max(1, BLOCK // max(1, len(ours.hash)))
     for start in range(0, len(theirs.hash), step):

@@ -126,6 +126,17 @@ class Jobs:
                 raise
         return {name: json.loads(markers[name].read_text()) for name in names}
 
+    def recheck(self, step: str, names: Sequence[str], is_whole: Callable[[str, Any], bool]) -> None:
+        """Forget that a task of this node's share is done where ``is_whole(name, result)`` says that what it left is
+        not there any more, or not as it was."""
+        self._claim()
+        number, nodes = share()
+        for name in names[number::nodes]:
+            marker = self._marker(step, name)
+            if marker.is_file() and not is_whole(name, json.loads(marker.read_text())):
+                print(f"{name} is damaged, and made anew", file=sys.stderr)
+                marker.unlink(missing_ok=True)
+
     def leave(self, directory: Path) -> None:
         """Remove what was kept of the work on the way, unless another node may still be at it: the last one does."""
         number, nodes = share()
@@ -267,16 +278,20 @@ def _write(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
+def whole(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
     """A file to write that is there whole or not at all, whoever else writes it at the same time.
 
-    Raises DataError where it cannot be written.
+    One that is ``durable`` is on the disk before it has its name, so that a loss of power cannot leave it empty. Raises
+    DataError where it cannot be written.
     """
     scratch = path.with_name(f".{path.name[-100:]}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("wb") as out:
             yield out
+            if durable:
+                out.flush()
+                os.fsync(out.fileno())
         scratch.replace(path)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -44,7 +44,7 @@ def score_shards(files: Sequence[ShardFile], output: Path, run: Path, data: Data
     The scores stay in ``output``, so that the same command with a limit need not compute them again. Raises
     ClipscaleError when ``run`` is none.
     """
-    from clipscale.checkpoint.loading import find_checkpoint  # slow to import, and the filter may need no model
+    from clipscale.checkpoint.own import find_checkpoint  # slow to import, and the filter may need no model
 
     checkpoint, _ = find_checkpoint(run)
     options = {

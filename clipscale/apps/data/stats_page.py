@@ -10,7 +10,9 @@ from typing import Any
 from clipscale.apps.data.describe import READ_CHARACTERS
 from clipscale.apps.data.examine import shown
 from clipscale.apps.data.stats_pictures import Card
-from clipscale.apps.data.stats_report import DISTRIBUTIONS, cells, number, size, values
+from clipscale.apps.data.stats_report import DISTRIBUTIONS, cells, values
+from clipscale.apps.quantities import number, size
+from clipscale.apps.webpage import document, section
 
 SHEETS = {  # what the draws are called on the page, and what they are
     "random": ("Sample sheet", "A random draw of the usable samples, the same each time."),
@@ -24,23 +26,8 @@ SHEETS = {  # what the draws are called on the page, and what they are
 FULL = 1530  # pixels of the widest plots
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #22272d; --soft: #68717b; --page: #fbfbfa; --card: #fff; --line: #e3e5e8;
-  --bar: #d6e3f0; --mark: #b3541a }
-@media (prefers-color-scheme: dark) { :root { --ink: #dfe3e7; --soft: #98a1ab; --page: #14171a; --card: #1c2024;
-  --line: #2f353b; --bar: #2c4055; --mark: #f0a35c } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem } h2 { font-size: 1.15rem; margin: 2.75rem 0 .5rem }
-h3 { font-size: 1rem; margin: 1.5rem 0 .25rem } p { margin: .25rem 0 .75rem }
-nav { margin: .5rem 0 1.25rem; display: flex; flex-wrap: wrap; gap: .25rem 1rem } nav a { color: inherit }
-.soft, figcaption { color: var(--soft) } .bad { color: var(--mark) }
-.tiles, .sheet, .lists { display: grid; gap: .75rem }
-.tiles { grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)) }
-.lists { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)) }
-.sheet { grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)) }
-.tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .8rem }
-.tile strong { display: block; font-size: 1.3rem; font-weight: 600; line-height: 1.3 } .tile span { color: var(--soft) }
+.sheet { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)) }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px }
 .card { padding: 0; overflow: hidden; font-size: 13px; line-height: 1.35 }
 .frame { height: 9.5rem; display: flex; align-items: center; justify-content: center; background: var(--line) }
 .frame img { max-width: 100%; max-height: 100%; object-fit: contain }
@@ -49,17 +36,12 @@ nav { margin: .5rem 0 1.25rem; display: flex; flex-wrap: wrap; gap: .25rem 1rem 
 .card details { margin-bottom: .35rem } .card summary { color: var(--soft); cursor: pointer }
 .card details p { border-top: 1px solid var(--line); padding-top: .35rem }
 .card small { display: block; overflow-wrap: anywhere; color: var(--soft) }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100% }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap }
-th { font-weight: 500; color: var(--soft) } th:first-child, td:first-child, .left td, .left th { text-align: left }
-td.wrap { white-space: normal; min-width: 16rem; overflow-wrap: anywhere }
 .bars { list-style: none; margin: 0; padding: 0; font-size: 14px }
 .bars li { display: flex; gap: .75rem; justify-content: space-between; padding: .12rem .4rem; margin: 2px 0;
   border-radius: 3px; background: linear-gradient(var(--bar) 0 0) 0 / var(--share) 100% no-repeat }
 .bars li bdi { overflow-wrap: anywhere; min-width: 0 } .bars li span { color: var(--soft) }
-figure { margin: .75rem 0; padding: .75rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px }
 figure img { display: block; width: 100%; max-width: calc(70rem * var(--share)) }
-@media (max-width: 40rem) { .sheet, .tiles { grid-template-columns: 1fr 1fr } figure { overflow-x: auto }
+@media (max-width: 40rem) { .sheet { grid-template-columns: 1fr 1fr } figure { overflow-x: auto }
   figure img { min-width: calc(40rem * var(--share)) } }
 """
 
@@ -75,24 +57,16 @@ def page(
     kinds = [_bars(f"Image {name}", list(found["images"][name].items())) for name in ("formats", "modes")]
     parts = [
         _head(found),
-        _section("samples", "", "".join(_sheet(name, sheet.get(name, [])) for name in ("random",))),
-        _section("captions", "Captions", _plot("captions", plots), _table(found, "captions"), _cut(captions),
+        section("samples", "", "".join(_sheet(name, sheet.get(name, [])) for name in ("random",))),
+        section("captions", "Captions", _plot("captions", plots), _table(found, "captions"), _cut(captions),
                  _grid(lists)),
-        _section("images", "Images", _plot("images", plots), _table(found, "images"), _grid(kinds)),
-        _section("shards", "Shards", _plot("shards", plots), _table(found, "shards"), _damage(found)),
-        _section("fields", "Members and JSON fields", _members(found), _plot("fields", plots), _fields(found)),
-        _section("extremes", "Extremes", *(_sheet(name, sheet.get(name, [])) for name in list(SHEETS)[1:])),
-        _section("unusable", "Samples that cannot be used", _unusable(found, sheet)),
+        section("images", "Images", _plot("images", plots), _table(found, "images"), _grid(kinds)),
+        section("shards", "Shards", _plot("shards", plots), _table(found, "shards"), _damage(found)),
+        section("fields", "Members and JSON fields", _members(found), _plot("fields", plots), _fields(found)),
+        section("extremes", "Extremes", *(_sheet(name, sheet.get(name, [])) for name in list(SHEETS)[1:])),
+        section("unusable", "Samples that cannot be used", _unusable(found, sheet)),
     ]  # fmt: skip
-    head = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Statistics of shards</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # Whatever the data holds: nothing runs, nothing is fetched.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        f"style-src 'unsafe-inline'\"><style>{STYLE}</style></head><body>"
-    )
-    # Surrogates, which JSON can hold, have no UTF-8.
-    return (head + "".join(parts) + "</body></html>\n").encode(errors="replace").decode()
+    return document("Statistics of shards", STYLE, "".join(parts))
 
 
 def _head(found: Mapping[str, Any]) -> str:
@@ -117,11 +91,6 @@ def _head(found: Mapping[str, Any]) -> str:
     about = _text(first, 200) if first == last else f"{_text(first, 200)} … {_text(last, 200)}"
     title = f'<h1>Statistics of shards</h1><p class="soft">{about}</p>'
     return f'{title}<nav>{links}</nav><div class="tiles">{shown_tiles}</div>'
-
-
-def _section(name: str, title: str, *parts: str) -> str:
-    heading = f"<h2>{title}</h2>" if title else ""
-    return f'<section id="{name}">{heading}{"".join(parts)}</section>'
 
 
 def _grid(parts: Sequence[str]) -> str:

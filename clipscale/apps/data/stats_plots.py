@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from clipscale.apps.data.describe import Summary
 from clipscale.apps.data.examine import shown
-from clipscale.apps.data.stats_report import number, size
 from clipscale.apps.data.summaries import Spread, quantum
+from clipscale.apps.quantities import number, size
 
 BINS = 40
 WIDE, TAIL = 30.0, 8.0  # 99th percentile over the first, or maximum over median: beyond, an axis is logarithmic

@@ -14,6 +14,7 @@ from clipscale.apps.data.describe import Summary
 from clipscale.apps.data.examine import shown
 from clipscale.apps.data.repeats import Repeats
 from clipscale.apps.data.summaries import Top
+from clipscale.apps.quantities import number, size
 
 FREQUENT = 30  # words, captions and values that are listed
 DISTRIBUTIONS = {  # of the document, by part: what each is called in tables
@@ -78,24 +79,6 @@ def _field(summary: Summary, name: str) -> dict[str, Any]:
         found["distinct"] = None if values.lost else len(values.counts)
         found["frequent_values"] = _best(values)
     return found
-
-
-def number(value: float) -> str:
-    """A number for people: three digits or all of an integer."""
-    if abs(value) >= 1e7:
-        return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
-    if value == int(value) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.2g}" if abs(value) < 1e-3 else f"{value:.3g}"
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
 
 
 def cells(name: str, found: Mapping[str, float]) -> list[str]:
