@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from clipscale.apps.audit.cli import audit_command
 from clipscale.apps.data.cli import data_app
+from clipscale.apps.evaluation.cli import eval_command, results_command
+from clipscale.apps.explain.cli import explain_check_command, explain_command
+from clipscale.apps.probing.cli import probing_app
+from clipscale.apps.search.cli import embed_command, rerank_command, search_app
 from clipscale.errors import ClipscaleError, ExitCode
 
 if TYPE_CHECKING:
@@ -23,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app)
+app.add_typer(probing_app)
 
 
 @app.command(
@@ -39,20 +46,70 @@ def train_command(context: typer.Context) -> None:
     raise typer.Exit(train(context.args))
 
 
-@app.command("eval")
-def eval_command(
-    run: Annotated[Path, typer.Argument(help="A run directory or one of its checkpoints.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Evaluate on something else: data.val.shards=… data.zeroshot.classes=…"),
+@app.command("plan")
+def plan_command(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for train.")] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option("--hardware", "--gpu", help="a100, h100, h200, b200, mi300x, cpu, ...; else this machine's."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    efficiency: Annotated[float | None, typer.Option(help="Share of the peak that the towers' products reach.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Tokens of a caption, in the mean [17, as LAION's].")] = None,
+    data_samples: Annotated[int | None, typer.Option(help="Samples of the training data, to count epochs.")] = None,
+    price: Annotated[float | None, typer.Option(help="Of a GPU for an hour.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time steps on this machine, and calibrate.")] = False,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE,VALUE,...: a row for each; again for combinations.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (.png) of step time and memory.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    config_dir: Annotated[str | None, typer.Option(help="A tree of config groups of your own.")] = None,
 ) -> None:
-    """Evaluate what a run trained: validation loss, retrieval both ways, zero-shot classification."""
-    from clipscale.apps.evaluate import evaluate
+    """Tell what a configuration takes before it runs: parameters, memory, time, cost, and what would fit."""
+    from clipscale.planner.command import Options, plan
 
-    evaluate(run, overrides or [], device, as_json)
+    options = Options(hardware, efficiency, tokens, data_samples, price, measure, config_dir)
+    plan(overrides or [], options, sweep or (), plot, as_json)
+
+
+@app.command("doctor")
+def doctor_command(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for train.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    config_dir: Annotated[str | None, typer.Option(help="A tree of config groups of your own.")] = None,
+) -> None:
+    """Look for what would break a run on this machine; exit code 2 if something would."""
+    from clipscale.planner.doctor import doctor
+
+    if not doctor(overrides or [], config_dir, as_json):
+        raise typer.Exit(ExitCode.USER_ERROR)
+
+
+@app.command("launch", context_settings={"allow_extra_args": True, "allow_interspersed_args": True})
+def launch_command(
+    overrides: Annotated[list[str], typer.Argument(help="As for train: cluster=slurm cluster.nodes=16 …")],
+    show: Annotated[bool, typer.Option("--print", help="Show what would be submitted, and do not.")] = False,
+    config_dir: Annotated[
+        Path | None, typer.Option(help="A tree of config groups of your own, where all nodes see it.")
+    ] = None,
+) -> None:
+    """Train on the nodes of a cluster: submits to Slurm or Kubernetes, or starts the processes of this machine."""
+    if config_dir is not None and not config_dir.is_dir():
+        raise ClipscaleError(f"--config-dir {config_dir}: there is no such directory")
+    from clipscale.config.compose import search_path
+
+    search = [] if config_dir is None else [search_path(config_dir)]
+    raise typer.Exit(launch([*overrides, *search], show))
+
+
+app.command("eval")(eval_command)
+app.command("results")(results_command)
+app.command("embed")(embed_command)
+app.add_typer(search_app)
+app.command("rerank")(rerank_command)
+app.command("explain")(explain_command)
+app.command("explain-check")(explain_check_command)
+app.command("audit")(audit_command)
 
 
 @app.command("export")
@@ -60,11 +117,14 @@ def export_command(
     run: Annotated[Path, typer.Argument(help="A run directory or one of its checkpoints.")],
     to: Annotated[str, typer.Option(help="open_clip, hf, safetensors or onnx.")],
     out: Annotated[Path, typer.Option(help="Directory to write; it must be new or empty.")],
+    audit: Annotated[
+        Path | None, typer.Option(help="What `clipscale audit --json` printed, for the card's section on biases.")
+    ] = None,
 ) -> None:
     """Write what a run trained as a directory that another library loads, with a model card."""
     from clipscale.apps.export import export
 
-    export(run, to, out)
+    export(run, to, out, audit)
 
 
 @app.command("interpolate")
@@ -117,6 +177,70 @@ def checkpoint_average_command(
     average(checkpoints, out)
 
 
+runs_app = typer.Typer(name="runs", help="List, show and compare runs.", no_args_is_help=True)
+app.add_typer(runs_app)
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Run = Annotated[Path, typer.Argument(help="A run directory.")]
+
+
+@runs_app.command("ls")
+def runs_ls_command(
+    directory: Annotated[Path, typer.Argument(help="Where the runs lie, at any depth.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """List runs, the newest last: state, samples seen, loss, objective, samples/s, goodput."""
+    from clipscale.apps.runs import list_runs
+
+    list_runs(directory, as_json)
+
+
+@runs_app.command("show")
+def runs_show_command(run: Run, as_json: AsJson = False) -> None:
+    """Show what became of a run, what stands out, and where its time went."""
+    from clipscale.apps.runs import show_run
+
+    show_run(run, as_json)
+
+
+@runs_app.command("diff")
+def runs_diff_command(first: Run, second: Run) -> None:
+    """Show in what two runs differ: configuration, environment, results."""
+    from clipscale.apps.runs import compare_runs
+
+    compare_runs(first, second)
+
+
+@runs_app.command("sweep")
+def runs_sweep_command(
+    runs: Annotated[list[Path], typer.Argument(help="Runs, or directories of runs.")],
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (.png) of the objective over what varied.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what was varied over runs and what came of it, the best by eval.objective first."""
+    from clipscale.apps.sweep import show_sweep
+
+    show_sweep(runs, plot, as_json)
+
+
+@runs_app.command("exit-code")
+def runs_exit_code_command(run: Run) -> None:
+    """Print the exit code that a run ended with, and exit with it: torchrun hides it from schedulers."""
+    from clipscale.apps.runs import exit_code
+
+    raise typer.Exit(exit_code(run))
+
+
+@app.command("report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="A run; several, or a directory of runs, are shown side by side.")],
+    out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html, or report.html for several.")] = None,
+) -> None:
+    """Write a page that shows a run, or compares several: one HTML file that needs nothing else."""
+    from clipscale.apps.report import write_report
+
+    print(write_report(runs, out))
+
+
 @app.command("version")
 def version_command() -> None:
     """Print the version."""
@@ -131,9 +255,9 @@ def train(arguments: list[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from clipscale.config.compose import config_dir, explain, quote_shards, typed
+    from clipscale.config.compose import compose, config_dir, explain, quote_shards, typed
 
-    codes: list[int] = []
+    ended: list[Started] = []
     errors: list[ClipscaleError] = []
     overrides = quote_shards([argument for argument in arguments if _is_override(argument)])
     options = [argument for argument in arguments if not _is_override(argument)]
@@ -142,49 +266,88 @@ def train(arguments: list[str]) -> int:
         choices = HydraConfig.get().runtime.choices
         given = [str(override) for override in HydraConfig.get().overrides.task]
         try:
-            code, objective = start(typed(node), choices.get("experiment") or "custom", given)
+            one = start(typed(node), choices.get("experiment") or "custom", given)
         except ClipscaleError as error:  # kept from Hydra, which would put a remark of its own before it
             errors.append(error)
             return None
-        if code == ExitCode.PREEMPTED:
-            raise SystemExit(code)  # a sweep stops as well
-        codes.append(code)
-        return objective
+        if one.code == ExitCode.PREEMPTED:
+            raise SystemExit(one.code)  # a sweep stops as well
+        ended.append(one)
+        return one.objective
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors come to us, to be told in one line
     sys.argv = ["clipscale train", *options, *overrides]  # Hydra's parser wants all overrides in one place
     try:
         hydra.main(config_path=str(config_dir().absolute()), config_name="config", version_base="1.3")(task)()
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):
-            raise explain(error, overrides) from error
-        raise
+        if not ({"-m", "--multirun"} & set(options) or ended):
+            compose(overrides, _user_dir(arguments))  # says all that is wrong, where Hydra stops at the first
+        if type(error).__module__.partition(".")[0] not in ("hydra", "omegaconf", "yaml"):
+            raise
+        raise explain(error, overrides) from error
+    if len({one.path for one in ended}) > 1:
+        from clipscale.apps.sweep import show_sweep
+
+        try:
+            show_sweep([one.path for one in ended], plot=None, as_json=False)
+        except ClipscaleError as error:  # of several objectives, say
+            print(f"no table of the sweep: {error}", file=sys.stderr)
     if errors:
         raise errors[0]
-    return next((code for code in codes if code), 0)
+    return next((one.code for one in ended if one.code), 0)
 
 
 def _is_override(argument: str) -> bool:
     return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
 
-def start(config: Config, experiment: str, overrides: list[str]) -> tuple[int, float | None]:
-    """Open the run's directory and train it. Returns the exit code and the objective."""
+def _user_dir(arguments: list[str]) -> str | None:
+    """What ``--config-dir`` says."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    return next((value for name, value in pairwise(words) if name in ("--config-dir", "-cd")), None)
+
+
+def launch(overrides: list[str], show: bool = False) -> int:
+    """``clipscale launch``: start a run here, or submit it. Returns the exit code."""
+    from clipscale.config import compose
+    from clipscale.launch import submit
+
+    config, experiment = compose(overrides)
+    if _is_local(config) and not show:
+        return start(config, experiment, overrides).code
+    return submit(config, experiment, overrides, show)
+
+
+def _is_local(config: Config) -> bool:
+    return config.cluster.nodes == 1 and config.cluster.scheduler.value == "none"
+
+
+class Started(NamedTuple):
+    """What a run that was started came to."""
+
+    code: int
+    objective: float | None
+    path: Path
+
+
+def start(config: Config, experiment: str, overrides: list[str]) -> Started:
+    """Open the run's directory and train it."""
     from clipscale.config.rundir import open_run, read_result
     from clipscale.train import recorded_config
 
     cluster = config.cluster
-    if cluster.nodes > 1 or cluster.scheduler.value != "none":
+    if not _is_local(config):
         raise ClipscaleError(
             f"cluster.nodes={cluster.nodes}, cluster.scheduler={cluster.scheduler.value}: `clipscale train` starts the "
-            "processes of one machine; use launch/slurm.sbatch, or launch/torchrun.sh on every node, with these "
-            "overrides"
+            "processes of one machine; use `clipscale launch` with these overrides"
         )
     run = open_run(config, experiment, overrides, cluster.processes_per_node, recorded_config)
     if cluster.processes_per_node > 1:
-        from clipscale.launch.local import launch
+        from clipscale.launch.node import start_ranks
 
-        code = launch(run.path / "config.yaml", cluster.processes_per_node, cluster.max_restarts)
+        here = ["--standalone", f"--nproc-per-node={cluster.processes_per_node}"]
+        restarts = f"--max-restarts={cluster.max_restarts}"
+        code = start_ranks([*here, restarts], ["--config", str(run.path / "config.yaml")])
     else:
         # OpenMP's threads wait for each other by spinning. Beside a busy loader worker (or anything else) on the same
         # core they spin for nothing; kept short, training goes half as fast again there, and no slower alone.
@@ -192,7 +355,7 @@ def start(config: Config, experiment: str, overrides: list[str]) -> tuple[int, f
         from clipscale.train import main as train_here
 
         code = train_here(["--config", str(run.path / "config.yaml")])
-    return int(code), (read_result(run.path) or {}).get("objective")
+    return Started(int(code), (read_result(run.path) or {}).get("objective"), run.path)
 
 
 def main() -> None:

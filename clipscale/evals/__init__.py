@@ -2,7 +2,8 @@
 
 from clipscale.evals.build import build_evaluators, damaged_shards
 from clipscale.evals.classifier import ClassifierEvaluator
-from clipscale.evals.protocol import EvalContext, Evaluator
+from clipscale.evals.examples import Examples
+from clipscale.evals.protocol import EvalContext, Evaluator, Images
 from clipscale.evals.retrieval import RetrievalEvaluator
 from clipscale.evals.zeroshot import Classes, ZeroshotEvaluator
 
@@ -11,6 +12,8 @@ __all__ = [
     "ClassifierEvaluator",
     "EvalContext",
     "Evaluator",
+    "Examples",
+    "Images",
     "RetrievalEvaluator",
     "ZeroshotEvaluator",
     "build_evaluators",

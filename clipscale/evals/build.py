@@ -9,6 +9,7 @@ from typing import Any
 
 from clipscale.config.data import Data
 from clipscale.config.model import Model, Vision
+from clipscale.data.collections import Shards
 from clipscale.data.evalset import BadItem, EvalSet
 from clipscale.data.io import ShardStore, resolve
 from clipscale.data.manifest import expand_shards
@@ -57,7 +58,7 @@ def _eval_set(
     data: Data, store: ShardStore, shards: Any, key: str, vision: Vision, fields: tuple[Callable[[Member], Any], ...]
 ) -> EvalSet:
     files = expand_shards(shards, data.root, key, store, data.index)
-    evalset = EvalSet(files, data.image_keys, vision, data.max_pixels, fields)
+    evalset = EvalSet(Shards(files), data.image_keys, vision, data.max_pixels, fields)
     if not len(evalset):
         raise DataError(f"{key}={shards} holds no samples; null turns this evaluation off")
     bad: Counter[str] = Counter()

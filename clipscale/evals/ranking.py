@@ -29,19 +29,19 @@ def hit_probability(k: int, better: torch.Tensor, tied: torch.Tensor, right: tor
     return 1 - missed
 
 
-def hits(scores: torch.Tensor, right: torch.Tensor, ks: tuple[int, ...]) -> dict[int, float]:
-    """Number of hits at each k: ``scores`` Float[Q, C] of C candidates for Q queries, ``right`` Bool[Q, C].
+def hits(scores: torch.Tensor, right: torch.Tensor, ks: tuple[int, ...]) -> dict[int, torch.Tensor]:
+    """Whether each query is a hit at each k, Float64[Q]: ``scores`` Float[Q, C] of C candidates, ``right`` Bool[Q, C].
 
     A query is a hit at k when any of its right candidates is among the k highest.
     """
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     better, tied = (scores > best).sum(1), (scores == best).sum(1)
     among = ((scores == best) & right).sum(1)
-    return {k: float(hit_probability(k, better, tied, among).sum()) for k in ks}
+    return {k: hit_probability(k, better, tied, among) for k in ks}
 
 
-def chance(right_counts: torch.Tensor, candidates: int, ks: tuple[int, ...]) -> dict[int, float]:
-    """Mean recall at each k of a random ranking: Int[Q] right ones among ``candidates``."""
+def chance(right_counts: torch.Tensor, candidates: int, ks: tuple[int, ...]) -> dict[int, torch.Tensor]:
+    """Chance that a random ranking hits at each k, Float64[Q], where Int[Q] of ``candidates`` are right."""
     nothing = torch.zeros_like(right_counts)
     everything = torch.full_like(right_counts, candidates)
-    return {k: float(hit_probability(k, nothing, everything, right_counts).mean()) for k in ks}
+    return {k: hit_probability(k, nothing, everything, right_counts) for k in ks}

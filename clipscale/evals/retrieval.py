@@ -2,17 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from clipscale.data.evalset import EvalSet
 from clipscale.distributed.collectives import rank, total, world_size
+from clipscale.evals.examples import Pairs
 from clipscale.evals.protocol import EvalContext
 from clipscale.evals.ranking import chance, hits
 
 KS = (1, 5, 10)
 CHUNK = 1024  # queries ranked at a time, so that memory does not grow with their square
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The distinct texts of N items, T of them, and which are right: ``right`` Int64[2, P] of (image, text)."""
+
+    texts: list[str]
+    right: torch.Tensor
+
+    @staticmethod
+    def of(answers: Sequence[Sequence[str]]) -> Matches:
+        """From the texts that are right for each image."""
+        texts = list(dict.fromkeys(text for each in answers for text in each))
+        place = {text: i for i, text in enumerate(texts)}
+        pairs = {(i, place[text]) for i, each in enumerate(answers) for text in each}
+        return Matches(texts, torch.tensor(sorted(pairs)).T)
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Of each query, Float64[Q]: whether it is a hit at each k, and the chance that a random ranking makes it one."""
+
+    hits: dict[int, torch.Tensor]
+    chance: dict[int, torch.Tensor]
+
+
+def recall(queries: torch.Tensor, candidates: torch.Tensor, right: torch.Tensor) -> Recall:
+    """Rank ``candidates`` Float[C, D] for ``queries`` Float[Q, D]; ``right`` Int64[2, P] holds the right pairs.
+
+    A query is a hit at k when any of its right candidates is among the first k.
+    """
+    found = []
+    for start in range(0, len(queries), CHUNK):
+        scores = queries[start : start + CHUNK] @ candidates.T
+        here = right[:, (right[0] >= start) & (right[0] < start + CHUNK)]
+        is_right = torch.zeros_like(scores, dtype=torch.bool)
+        is_right[here[0] - start, here[1]] = True
+        found.append(hits(scores, is_right, KS))
+    luck = chance(torch.bincount(right[0], minlength=len(queries)), len(candidates), KS)
+    return Recall({k: torch.cat([one[k] for one in found]) for k in KS}, luck)
 
 
 @dataclass(frozen=True)
@@ -28,18 +70,21 @@ class RetrievalEvaluator:
     data: EvalSet
     loss_batch_size: int
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """See :class:`Evaluator`."""
+        return ("val/loss", *(f"val/retrieval/{way}_r{k}" for way in ("i2t", "t2i") for k in KS))
+
     def run(self, context: EvalContext) -> dict[str, float]:
         """Evaluate; raises nothing for bad samples, which are counted as ``val/bad_samples``."""
         image, items, bad = context.encode_images(self.data)
         captions = [item.fields[0][0] for item in items]
-        texts = list(dict.fromkeys(text for item in items for text in item.fields[1]))
-        place = {text: i for i, text in enumerate(texts)}
-        pairs = {(i, place[text]) for i, item in enumerate(items) for text in item.fields[1]}
-        right = torch.tensor(sorted(pairs)).T  # Int[2, P]: image, text
+        matches = Matches.of([item.fields[1] for item in items])
         metrics = {"val/loss": self._loss(context, image, context.encode_captions(captions))}
-        text = context.encode_captions(texts)
-        metrics |= self._recall("i2t", image, text, right)
-        metrics |= self._recall("t2i", text, image, right.flip(0))
+        text = context.encode_captions(matches.texts)
+        context.examples.pairs = Pairs(self.data, items, matches.texts, image, text, matches.right)
+        metrics |= _named("i2t", recall(image, text, matches.right))
+        metrics |= _named("t2i", recall(text, image, matches.right.flip(0)))
         return metrics | {"val/bad_samples": float(len(bad))}
 
     def _loss(self, context: EvalContext, image: torch.Tensor, text: torch.Tensor) -> float:
@@ -52,21 +97,10 @@ class RetrievalEvaluator:
                 mine += context.loss(x.to(context.device), y.to(context.device)) * len(x)
         return total(mine).item() / len(image)
 
-    def _recall(
-        self, way: str, queries: torch.Tensor, candidates: torch.Tensor, right: torch.Tensor
-    ) -> dict[str, float]:
-        """Recall of ``queries`` among ``candidates``; ``right`` Int[2, P] holds the right pairs of both."""
-        found = dict.fromkeys(KS, 0.0)
-        for start in range(0, len(queries), CHUNK):
-            scores = queries[start : start + CHUNK] @ candidates.T
-            here = right[:, (right[0] >= start) & (right[0] < start + CHUNK)]
-            is_right = torch.zeros_like(scores, dtype=torch.bool)
-            is_right[here[0] - start, here[1]] = True
-            for k, count in hits(scores, is_right, KS).items():
-                found[k] += count
-        luck = chance(torch.bincount(right[0], minlength=len(queries)), len(candidates), KS)
-        metrics: dict[str, float] = {}
-        for k in KS:
-            metrics[f"val/retrieval/{way}_r{k}"] = found[k] / len(queries)
-            metrics[f"val/retrieval/{way}_r{k}_chance"] = luck[k]
-        return metrics
+
+def _named(way: str, found: Recall) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for k in KS:
+        metrics[f"val/retrieval/{way}_r{k}"] = found.hits[k].mean().item()
+        metrics[f"val/retrieval/{way}_r{k}_chance"] = found.chance[k].mean().item()
+    return metrics

@@ -12,10 +12,13 @@ import torch
 from clipscale.data.evalset import EvalSet
 from clipscale.data.io import ShardStore
 from clipscale.errors import DataError
+from clipscale.evals.examples import Answers
+from clipscale.evals.prompts import fill
 from clipscale.evals.protocol import EvalContext
 from clipscale.evals.ranking import hits
 
 KS = (1, 5)
+CHUNK = 1024  # images scored at a time
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,37 @@ class Classes:
 
     def embed(self, context: EvalContext) -> torch.Tensor:
         """Float[C, D] on the CPU: of each class, the normalised mean of its prompts' features."""
-        prompts = [template.format(name) for name in self.names for template in self.templates]
-        features = context.encode_captions(prompts).unflatten(0, (len(self.names), -1)).mean(dim=1)
-        return torch.nn.functional.normalize(features, dim=-1)
+        return prompt_features(context, self.names, self.templates)
+
+
+def prompt_features(context: EvalContext, names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
+    """Float[C, D] on the CPU: of each class, the normalised mean of its prompts' features (CLIP, section 3.1.4)."""
+    prompts = [fill(template, name) for name in names for template in templates]
+    features = context.encode_captions(prompts).unflatten(0, (len(names), -1)).mean(dim=1)
+    return torch.nn.functional.normalize(features, dim=-1)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Of N labelled images: ``labels`` and ``answers`` Int64[N], ``hits`` Float64[N] at each k, and the probability of
+    the answer, ``confidence`` Float64[N]."""
+
+    labels: torch.Tensor
+    answers: torch.Tensor
+    hits: dict[int, torch.Tensor]
+    confidence: torch.Tensor
+
+
+def classify(image: torch.Tensor, classes: torch.Tensor, labels: torch.Tensor, scale: float) -> Classification:
+    """Answer Float[N, D] images with the nearest of Float[C, D] classes; ``scale`` is the temperature's multiplier."""
+    answers, confidence, found = [], [], []
+    for pixels, right in zip(image.split(CHUNK), labels.split(CHUNK), strict=True):
+        scores = pixels @ classes.T
+        answers.append(scores.argmax(dim=1))
+        confidence.append((scale * scores.double()).softmax(dim=1).amax(dim=1))
+        found.append(hits(scores, right[:, None] == torch.arange(len(classes)), KS))
+    joined = {k: torch.cat([one[k] for one in found]) for k in KS}
+    return Classification(labels, torch.cat(answers), joined, torch.cat(confidence))
 
 
 @dataclass(frozen=True)
@@ -79,16 +110,22 @@ class ZeroshotEvaluator:
     data: EvalSet
     classes: Classes
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """See :class:`Evaluator`."""
+        return tuple(f"val/zeroshot/top{k}" for k in KS)
+
     def run(self, context: EvalContext) -> dict[str, float]:
         """Evaluate. Raises DataError for a label outside the classes."""
         image, items, bad = context.encode_images(self.data)
         self.classes.check([item.fields[0] for item in items])
         labels = torch.tensor([item.fields[0] for item in items])
         count = len(self.classes.names)
-        found = hits(image @ self.classes.embed(context).T, labels[:, None] == torch.arange(count), KS)
+        found = classify(image, self.classes.embed(context), labels, context.scale)
+        context.examples.answers = Answers(self.classes.names, labels, found.answers)
         metrics = {"val/zeroshot/bad_samples": float(len(bad))}
         for k in KS:
-            metrics[f"val/zeroshot/top{k}"] = found[k] / len(labels)
+            metrics[f"val/zeroshot/top{k}"] = found.hits[k].mean().item()
             metrics[f"val/zeroshot/top{k}_chance"] = min(k / count, 1.0)
         for name, value in self.classes.baselines.items():
             metrics[f"val/zeroshot/top1_{name.replace(' ', '_')}"] = value

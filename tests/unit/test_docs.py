@@ -13,16 +13,16 @@ from clipscale.config import compose, validate
 from clipscale.config.reference import render
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands() -> list[str]:
-    """Every line of every bash block that trains."""
+    """Every line of every bash block that trains, or would."""
     found = []
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
             lines = block.replace("\\\n", " ").splitlines()
-            found += [line for line in lines if re.search(r"clipscale train|launch/", line)]
+            found += [line for line in lines if re.search(r"clipscale (train|plan|doctor|launch)|launch/", line)]
     for file in (ROOT / "conf" / "experiment").glob("*.yaml"):
         found += [line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#   ")]
     return found

@@ -13,7 +13,7 @@ PACKAGE = Path(clipscale.__file__).parent
 
 LAYERS = {
     "errors": 0,
-    "config": 1,
+    "config": 1, "hardware": 1,
     "distributed": 2,
     "data": 3, "models": 3, "losses": 3, "optim": 3, "telemetry": 3,
     "parallel": 4, "checkpoint": 4, "evals": 4,

@@ -1,4 +1,4 @@
-"""``clipscale eval``: the numbers of the training loop, for any run or checkpoint, on its data or on other data."""
+"""``clipscale eval MODEL [KEY=VALUE]``: the numbers of the training loop, on a run's own data or on other data."""
 
 from __future__ import annotations
 
@@ -9,49 +9,44 @@ from pathlib import Path
 
 import rich.console
 
-from clipscale.checkpoint.loading import find_checkpoint, load
+from clipscale.apps.asking import here
+from clipscale.checkpoint.loading import open_model
 from clipscale.config import Config, validate
 from clipscale.config.compose import override
 from clipscale.config.data import Builtin
-from clipscale.config.schema import Device
-from clipscale.distributed.runtime import start
 from clipscale.errors import ConfigError
 from clipscale.evals import build_evaluators, damaged_shards
 from clipscale.parallel import unsharded
 from clipscale.telemetry.console import summary_table
-from clipscale.trainer.build import build_store, eval_context, place_data
-
-DEVICES = tuple(device.value for device in Device)
+from clipscale.trainer.build import build_store, eval_context, once_per_node, place_data
 
 
-def evaluate(run: Path, overrides: Sequence[str], device: str, as_json: bool) -> dict[str, float]:
-    """Evaluate a run or checkpoint and print a table, or JSON. ``overrides`` change ``data.*`` and ``eval.*`` keys.
+def evaluate(where: str | Path, overrides: Sequence[str], device: str, as_json: bool) -> dict[str, float]:
+    """Evaluate a model and print a table, or JSON. ``overrides`` change ``data.*`` and ``eval.*`` keys.
 
-    Raises ClipscaleError for a path that is no run, data that is not there, or nothing to evaluate.
+    Raises ClipscaleError for a path that is no model, data that is not there, or nothing to evaluate.
     """
-    if device not in DEVICES:
-        raise ConfigError(f"--device {device}: choose from {', '.join(DEVICES)}")
-    path, config = find_checkpoint(run)
+    runtime = here(device)
+    model, config, tokenizer = once_per_node(runtime, lambda: open_model(where))
     config = _override(config, overrides)
-    runtime = start(device, config.distributed.timeout_s)
     config.precision.name = unsharded(config.precision.name)
-    model, _, tokenizer = load(path, str(runtime.device))
-    context = eval_context(config, model, tokenizer, runtime.device)
+    context = eval_context(config, model.eval().to(runtime.device), tokenizer, runtime.device)
     data = place_data(config.data, runtime)
     evaluators = build_evaluators(data, build_store(config), config.model, config.global_batch_size)
     if not evaluators:
         raise ConfigError(
-            "nothing to evaluate: set data.val.shards=… or data.zeroshot.shards=… data.zeroshot.classes=…"
+            "nothing to evaluate: name a data set, or set data.val.shards=… or data.zeroshot.shards=… "
+            "data.zeroshot.classes=…"
         )
     metrics: dict[str, float] = {}
     for shard, damage in damaged_shards(evaluators).items():
         print(f"warning: shard {shard} {damage}", file=sys.stderr)
     for evaluator in evaluators:
         metrics |= evaluator.run(context)
-    if as_json:
+    if runtime.is_main and as_json:
         print(json.dumps(metrics))
-    else:
-        rich.console.Console().print(summary_table(str(path), metrics))
+    elif runtime.is_main:
+        rich.console.Console().print(summary_table(str(where), metrics))
     return metrics
 
 

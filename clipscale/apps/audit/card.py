@@ -1,0 +1,68 @@
+"""An audit as a section of a model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clipscale.errors import DataError
+
+
+def audit_section(path: Path) -> str:
+    """Markdown of what ``clipscale audit --json`` printed into a file. Raises DataError for anything else."""
+    try:
+        found = json.loads(path.read_text())
+        return _section(found)
+    except OSError as error:
+        raise DataError(f"--audit {path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"--audit {path} is not what `clipscale audit --json` prints") from None
+
+
+def _section(found: Mapping[str, Any]) -> str:
+    measured = {"accuracy": found["accuracy"]}
+    measured |= {f"labelled {name}": of for name, of in found.get("labels", {}).get("sets", {}).items()}
+    parts = [
+        f"Of {found['images']:,} images, with 95 % intervals over {found['units']:,} units. Accuracy: an image's own "
+        f"text is the most similar of {found['accuracy']['texts']:,}. Groups of fewer than {found['small']} units are "
+        "marked with *, and are in no gap. These numbers say what the model did with these images, not why."
+    ]
+    for name in found["groups"]:
+        parts += [_table(name, measured), *_gaps(name, measured)]
+    for name, of in found.get("labels", {}).get("sets", {}).items():
+        parts.append(f"Labels of {name}: {', '.join(map(_plain, of['labels']))}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(group: str, measured: Mapping[str, Any]) -> str:
+    spreads = [of["by"][group]["groups"] for of in measured.values()]
+    lines = [
+        f"| {_plain(group)} | images | {' | '.join(map(_plain, measured))} |",
+        "|---|---|" + "---|" * len(measured),
+    ]
+    for name, first in spreads[0].items():
+        cells = (f"{r['rate']:.1%} [{r['low']:.1%}, {r['high']:.1%}]" for r in (spread[name] for spread in spreads))
+        lines.append(f"| {_plain(name)}{'*' if first['small'] else ''} | {first['images']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _gaps(group: str, measured: Mapping[str, Any]) -> list[str]:
+    """The gaps that are more than chance gives, or that none is."""
+    spreads = {name: of["by"][group] for name, of in measured.items()}
+    sure = [
+        f"{_plain(name)}: {of['gap']:.1%}, {_plain(of['lowest'])} to {_plain(of['highest'])} (p = {of['p']:.3f})"
+        for name, of in spreads.items()
+        if of["gap"] is not None and of["p"] < 0.05
+    ]
+    if sure:
+        return [f"Gaps larger than dealing the groups at random gives: {'; '.join(sure)}."]
+    if all(of["gap"] is None for of in spreads.values()):
+        return ["No gap is given: fewer than two groups are large enough."]
+    return ["No gap between these groups is larger than chance may give."]
+
+
+def _plain(text: str) -> str:
+    """A word of the user's as a cell of a table."""
+    return str(text).replace("|", " ").replace("\n", " ").replace("<", "&lt;")

@@ -1,0 +1,131 @@
+"""Who belongs to which group, and which words and labels are looked at: as a user writes it."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clipscale.data.samples import BadSample, Member, find_field
+from clipscale.errors import ConfigError, DataError
+
+GroupOf = Callable[[Member], str | None]
+
+
+def parse_group(text: str) -> tuple[str, GroupOf]:
+    """``--group NAME=WHERE`` as a name, and a function that gives a sample's group, or None.
+
+    WHERE is a field (``json:gender``), a field and a regular expression whose first parentheses are the group
+    (``json:name~^(woman|man)``), or a .csv of two columns, ``key,group``. Raises ConfigError or DataError.
+    """
+    name, _, where = text.partition("=")
+    if not name.strip() or not where.strip():
+        raise ConfigError(f"--group {text}: write NAME=FIELD, NAME=FIELD~REGEX or NAME=FILE.csv")
+    if where.lower().endswith(".csv"):
+        return name, _from_table(Path(where))
+    field, _, pattern = where.partition("~")
+    if not pattern:
+        return name, lambda sample: _field(sample, field)
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"--group {text}: {pattern} is no regular expression ({error})") from None
+    if compiled.groups < 1:
+        raise ConfigError(f"--group {text}: put the part that names the group into parentheses")
+    return name, lambda sample: _first(compiled.search(_field(sample, field) or ""))
+
+
+def _field(sample: Member, field: str) -> str | None:
+    try:
+        value = find_field(sample, field)
+    except BadSample:
+        return None
+    return None if value is None or value == "" else str(value).strip()
+
+
+def _first(match: re.Match[str] | None) -> str | None:
+    return match[1] if match else None
+
+
+def _from_table(path: Path) -> GroupOf:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--group {path} cannot be read: {error}") from None
+    if not rows or len(rows[0]) != 2 or any(len(row) != 2 for row in rows):
+        raise DataError(f"--group {path}: every row needs two columns, key,group")
+    table = {key.strip(): group.strip() for key, group in rows[1:]}
+
+    def of(sample: Member) -> str | None:
+        # A key is the sample's own, or with the shard before it, as other tools write it.
+        return table.get(sample.key) or table.get(sample.key.rpartition("/")[2]) or None
+
+    return of
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Sets of labels by name, and prompts with ``{}`` into which labels are put."""
+
+    sets: dict[str, list[str]]
+    templates: list[str]
+
+
+def read_labels(path: Path) -> Labels:
+    """``templates: [a photo of {}]`` and ``sets: {NAME: [label, …]}`` from a YAML or JSON file. Raises DataError."""
+    content = _read(path, "--labels")
+    sets, templates = _lists(content.get("sets")), content.get("templates", ["{}"])
+    usable = isinstance(templates, list) and templates and all(str(one).count("{}") == 1 for one in templates)
+    if not sets or sum(map(len, sets.values())) < 2 or not usable:
+        raise DataError(f"--labels {path} needs sets: {{NAME: [label, …]}}, and templates that hold {{}} once each")
+    known = [label for labels in sets.values() for label in labels]
+    if twice := {label for label in known if known.count(label) > 1}:
+        raise DataError(f"--labels {path}: {sorted(twice)[0]!r} stands in it twice")
+    return Labels(sets, [str(one) for one in templates])
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words and phrases for groups, and for attributes, by name."""
+
+    groups: dict[str, re.Pattern[str]]
+    attributes: dict[str, re.Pattern[str]]
+
+
+def read_words(path: Path) -> Words:
+    """``groups: {NAME: [word, …]}`` and ``attributes: {NAME: [word, …]}`` from YAML or JSON. Raises DataError."""
+    content = _read(path, "--words")
+    groups, attributes = _lists(content.get("groups")), _lists(content.get("attributes"))
+    if len(groups) < 2 or not attributes:
+        raise DataError(f"--words {path} needs two groups or more, and attributes: {{NAME: [word, …]}} of each")
+    return Words(*({name: _any_of(words) for name, words in part.items()} for part in (groups, attributes)))
+
+
+def _any_of(words: list[str]) -> re.Pattern[str]:
+    """Any of these as whole words; a hyphen belongs to a word: `light` does not stand in `medium-light`."""
+    listed = "|".join(r"\s+".join(map(re.escape, word.split())) for word in sorted(words, key=len, reverse=True))
+    return re.compile(rf"(?<![\w-])(?:{listed})(?![\w-])", re.IGNORECASE)
+
+
+def _read(path: Path, option: str) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise DataError(f"{option} {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise DataError(f"{option} {path} is neither YAML nor JSON") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _lists(value: Any) -> dict[str, list[str]]:
+    """Names and their lists, without what is empty."""
+    if not isinstance(value, dict):
+        return {}
+    found = {str(name): [str(word) for word in words] for name, words in value.items() if isinstance(words, list)}
+    return {name: words for name, words in found.items() if words}

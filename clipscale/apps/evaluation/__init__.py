@@ -1,0 +1,1 @@
+"""``clipscale eval`` and ``clipscale results``: what a model scores on any data, stored, shown and compared."""

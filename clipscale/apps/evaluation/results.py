@@ -1,0 +1,188 @@
+"""Results as files: scores with intervals in ``results.json``, what was found of each query in ``outcomes.npz``."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipscale import __version__
+from clipscale.apps.evaluation.tasks import Answer
+from clipscale.errors import ConfigError, masked
+from clipscale.evals.outcomes import LEVEL, OUTCOMES, Outcome, intervals, resampled
+
+RESULTS, OUTCOMES_FILE = "results.json", "outcomes.npz"
+AGGREGATE = "aggregate"
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was stored in a directory; ``content`` is its ``results.json``."""
+
+    name: str
+    content: Mapping[str, Any]
+    outcomes: Mapping[str, Outcome]
+
+    @property
+    def tasks(self) -> dict[str, Mapping[str, Any]]:
+        """By name."""
+        return {task["name"]: task for task in self.content["tasks"]}
+
+
+def summarise(where: str, answers: Sequence[Answer], resamples: int) -> dict[str, Any]:
+    """Plain values: per task its scores, intervals and chance levels, and the mean of the main scores over tasks."""
+    drawn = [resampled(answer.outcome, resamples) for answer in answers]
+    tasks = [_task(answer, scores) for answer, scores in zip(answers, drawn, strict=True)]
+    found: dict[str, Any] = {
+        "model": masked(where),
+        "clipscale": __version__,
+        "level": LEVEL,
+        "resamples": resamples,
+        "tasks": tasks,
+    }
+    if len(tasks) > 1:
+        mains = [
+            _aggregate([scores[r][answer.metric] for answer, scores in zip(answers, drawn, strict=True)])
+            for r in range(resamples)
+        ]
+        low, high = intervals([{AGGREGATE: value} for value in mains])[AGGREGATE]
+        found[AGGREGATE] = {
+            "score": _plain(_aggregate([task["scores"][task["metric"]] for task in tasks])),
+            "interval": [_plain(low), _plain(high)],
+            "tasks": len(tasks),
+        }
+    return found
+
+
+def _task(answer: Answer, drawn: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    outcome = answer.outcome
+    return {
+        "name": answer.task.shown,
+        "path": masked(answer.task.path),
+        "kind": outcome.kind,
+        "metric": answer.metric,
+        "queries": outcome.sizes,
+        "keys": outcome.keys,
+        "bad_samples": answer.bad,
+        "scores": {name: _plain(value) for name, value in outcome.scores(outcome.all).items()},
+        "intervals": {name: [_plain(low), _plain(high)] for name, (low, high) in intervals(drawn).items()},
+        "chance": {name: _plain(value) for name, value in outcome.chances.items()},
+    }
+
+
+def _aggregate(scores: Sequence[float | None]) -> float:
+    known = [score for score in scores if score is not None and not math.isnan(score)]
+    return sum(known) / len(known) if known else float("nan")
+
+
+def _plain(value: float) -> float | None:
+    """A number for JSON, which has no NaN."""
+    return None if math.isnan(value) else value
+
+
+def write_results(out: Path, content: Mapping[str, Any], answers: Sequence[Answer]) -> None:
+    """Write both files, whole or not at all, in place of those that are there. Raises ConfigError where it cannot."""
+    arrays: dict[str, Any] = {}
+    for number, one in enumerate(answers):
+        arrays |= {f"{number}/{key}": array for key, array in one.outcome.arrays.items()}
+        arrays[f"{number}/names"] = np.array(one.outcome.names, dtype=str)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, data in ((OUTCOMES_FILE, buffer.getvalue()), (RESULTS, json.dumps(content, indent=1).encode())):
+            scratch = out / f".{name}.tmp"
+            scratch.write_bytes(data)
+            scratch.replace(out / name)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def read_results(where: Path) -> Results:
+    """What :func:`write_results` wrote into a directory. Raises ConfigError where there is none."""
+    try:
+        content = json.loads((where / RESULTS).read_text())
+        with np.load(where / OUTCOMES_FILE, allow_pickle=False) as stored:
+            arrays = dict(stored)
+        outcomes = {
+            task["name"]: OUTCOMES[task["kind"]](
+                {key.partition("/")[2]: array for key, array in arrays.items() if _is_of(key, number)},
+                tuple(arrays[f"{number}/names"].tolist()),
+                task["keys"],
+            )
+            for number, task in enumerate(content["tasks"])
+        }
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{where} holds no results ({Path(str(error.filename)).name} is not there); clipscale eval MODEL DATASET "
+            "--out DIR writes them"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{where} holds no results of clipscale eval: {error}") from None
+    return Results(where.resolve().name, content, outcomes)
+
+
+def _is_of(key: str, number: int) -> bool:
+    place, _, name = key.partition("/")
+    return place == str(number) and name != "names"
+
+
+# ---- comparing ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one score: both values, ``second - first``, and the paired bootstrap interval of that."""
+
+    task: str
+    metric: str
+    first: float
+    second: float
+    low: float
+    high: float
+
+    @property
+    def change(self) -> float:
+        """``second - first``."""
+        return self.second - self.first
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+
+def compare(first: Results, second: Results, resamples: int) -> list[Difference]:
+    """Differences of the main scores on all tasks of both, and of their mean: the same queries are drawn of both.
+
+    Raises ConfigError where they have no task in common, or one name stands for different queries.
+    """
+    found, drawn = [], []
+    for name, task in first.tasks.items():
+        if name not in second.outcomes:
+            continue
+        one, other, metric = first.outcomes[name], second.outcomes[name], task["metric"]
+        if not one.same_queries(other):
+            raise ConfigError(
+                f"{name}: {first.name} and {second.name} were not asked the same queries; evaluate both on the same "
+                "data"
+            )
+        pairs = zip(resampled(one, resamples), resampled(other, resamples), strict=True)
+        changes = [b[metric] - a[metric] for a, b in pairs]
+        low, high = intervals([{metric: change} for change in changes])[metric]
+        before, after = (outcome.scores(outcome.all)[metric] for outcome in (one, other))
+        found.append(Difference(name, metric, before, after, low, high))
+        drawn.append(changes)
+    if not found:
+        raise ConfigError(f"{first.name} and {second.name} have no data set in common")
+    if len(found) > 1:
+        low, high = intervals([{"": _aggregate(changes)} for changes in zip(*drawn, strict=True)])[""]
+        before, after = (_aggregate([getattr(one, side) for one in found]) for side in ("first", "second"))
+        found.append(Difference(AGGREGATE, "mean", before, after, low, high))
+    return found

@@ -1,0 +1,88 @@
+"""Data sets as the commands here take them: labelled images, with class names where there are some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from clipscale.apps.evaluation.tasks import read_class_file
+from clipscale.config.data import Data
+from clipscale.data.collections import IMAGE_KEYS, Collection
+from clipscale.data.evalset import EvalSet
+from clipscale.data.samples import Member, find_label
+from clipscale.distributed.collectives import rank
+from clipscale.errors import DataError
+from clipscale.evals import Classes, EvalContext
+from clipscale.evals.prompts import templates, usable
+from clipscale.models import CLIP
+
+LABEL_KEYS = ("cls", "json:label")  # where a label is looked for, unless it is said
+
+
+def images_of(collection: Collection, model: CLIP, *fields: Callable[[Member], Any]) -> EvalSet:
+    """A collection made ready for a model, with what ``fields`` find of each sample."""
+    return EvalSet(collection, IMAGE_KEYS, model.config.vision, Data().max_pixels, fields)
+
+
+def labels_at(key: str | None) -> Callable[[Member], int]:
+    """What finds the class index of a sample at ``key``, or where it usually is; raises BadSample without one."""
+    return partial(_label, key=key)
+
+
+def _label(sample: Member, key: str | None) -> int:
+    usual = LABEL_KEYS[0] if LABEL_KEYS[0] in sample.members else LABEL_KEYS[1]
+    return find_label(sample, key or usual)
+
+
+@contextmanager
+def watched(context: EvalContext, title: str) -> Iterator[EvalContext]:
+    """The same context, whose encoding shows a bar on stderr."""
+    with Progress(console=Console(stderr=True), transient=True, disable=bool(rank())) as bar:
+        task = bar.add_task(title, total=None)
+        yield replace(context, progress=lambda done, total: bar.update(task, completed=done, total=total))
+
+
+@contextmanager
+def explaining(name: str, keys: str) -> Iterator[None]:
+    """What is wrong with the samples of a set is said of it, with the options by which they are read."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{name}: {error}; check {keys}") from None
+
+
+def check_labels(labels: Sequence[int], count: int, name: str) -> None:
+    """Raise DataError unless every label of the set ``name`` is the number of one of ``count`` classes."""
+    if not 0 <= min(labels) <= max(labels) < count:
+        raise DataError(
+            f"the labels of the {name} set run from {min(labels)} to {max(labels)}, and there are {count} class names; "
+            "--classes FILE names those of all sets"
+        )
+
+
+def class_names(path: Path | None, *collections: Collection) -> Classes | None:
+    """Class names and prompts from a file, or else from what data sets tell of themselves; None where neither does.
+
+    Raises DataError where they tell of different classes.
+    """
+    if path is not None:
+        content = read_class_file(str(path))
+        names, prompts = [str(name) for name in content["classnames"]], content.get("templates")
+    else:
+        told = {collection.about.classes: collection.about for collection in collections if collection.about.classes}
+        if not told:
+            return None
+        if len(told) > 1:
+            one, other = list(told)[:2]
+            differing = ", ".join(sorted(set(one) ^ set(other))[:3])
+            raise DataError(f"the data sets have different classes ({differing}): a label means another one in each")
+        ((listed, about),) = told.items()
+        names, prompts = list(listed), about.templates
+    return Classes(names, usable(prompts or templates("simple"), str(path or "the data set")), {})

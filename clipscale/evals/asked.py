@@ -1,0 +1,103 @@
+"""The three questions that a collection asks a model; each gives what was found of every query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipscale.data.evalset import EvalItem, EvalSet
+from clipscale.errors import DataError
+from clipscale.evals.outcomes import Classified, Labelled, Retrieved, digest
+from clipscale.evals.protocol import EvalContext
+from clipscale.evals.retrieval import Matches, recall
+from clipscale.evals.zeroshot import classify, prompt_features
+
+
+def ask_classes(
+    context: EvalContext, images: EvalSet, names: Sequence[str], templates: Sequence[str], clips: bool = False
+) -> tuple[Classified, int]:
+    """Zero-shot classification; the items of ``images`` carry the class index, a group (or None), and their clip.
+
+    Returns the outcome, and how many samples could not be used. Raises DataError for a label that no class has.
+    """
+    features, items, bad = _encode(context, images, clips)
+    labels = torch.tensor([item.fields[0] for item in items])
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+        raise DataError(
+            f"labels run from {int(labels.min())} to {int(labels.max())}, and there are {len(names)} class names; "
+            "--classes FILE names those of this data set"
+        )
+    found = classify(features, prompt_features(context, names, templates), labels, context.scale)
+    arrays: dict[str, Any] = {
+        "label": labels.numpy(), "answer": found.answers.numpy(), "top1": found.hits[1].numpy(),
+        "top5": found.hits[5].numpy(), "confidence": found.confidence.numpy(),
+    }  # fmt: skip
+    groups = [item.fields[1] for item in items]
+    if any(group is not None for group in groups):
+        numbers = {group: number for number, group in enumerate(sorted(set(groups), key=str))}
+        arrays["group"] = np.array([numbers[group] for group in groups])
+    return Classified(arrays, tuple(names), digest([item.key for item in items])), bad
+
+
+def ask_labels(
+    context: EvalContext,
+    images: EvalSet,
+    names: Sequence[str],
+    positive: Sequence[str],
+    negative: Sequence[str],
+    clips: bool = False,
+) -> tuple[Labelled, int]:
+    """Yes or no for each of L labels; the items of ``images`` carry L numbers: 1 yes, 0 no, NaN unknown.
+
+    The score of a label is the similarity with its positive prompts, less that with its negative ones where there are
+    some (Tiu et al. 2022, whose softmax over the pair has the same order).
+    """
+    features, items, bad = _encode(context, images, clips)
+    scores = features @ prompt_features(context, names, positive).T
+    if negative:
+        scores = scores - features @ prompt_features(context, names, negative).T
+    labels = np.array([item.fields[0] for item in items], dtype=np.float64)
+    arrays = {"score": scores.double().numpy(), "label": labels}
+    return Labelled(arrays, tuple(names), digest([item.key for item in items])), bad
+
+
+def ask_pairs(context: EvalContext, images: EvalSet, clips: bool = False) -> tuple[Retrieved, int]:
+    """Retrieval both ways; the items of ``images`` carry the texts that are right for them.
+
+    Image to text ranks the distinct texts of all items, and a hit is any right one; text to image ranks all images for
+    each text, and a hit is any image it is right for.
+    """
+    features, items, bad = _encode(context, images, clips)
+    matches = Matches.of([item.fields[0] for item in items])
+    text = context.encode_captions(matches.texts)
+    ways = {
+        "i2t": recall(features, text, matches.right),
+        "t2i": recall(text, features, matches.right.flip(0)),
+    }
+    arrays = {f"{way}_r{k}": hits.numpy() for way, found in ways.items() for k, hits in found.hits.items()}
+    arrays |= {f"{way}_r{k}_chance": luck.numpy() for way, found in ways.items() for k, luck in found.chance.items()}
+    return Retrieved(arrays, (), digest([*(item.key for item in items), *matches.texts])), bad
+
+
+def _encode(context: EvalContext, images: EvalSet, clips: bool) -> tuple[torch.Tensor, list[EvalItem], int]:
+    features, items, bad = context.encode_images(images)
+    if clips:
+        features, items = pool_clips(features, items)
+    return features, items, len(bad)
+
+
+def pool_clips(features: torch.Tensor, items: Sequence[EvalItem]) -> tuple[torch.Tensor, list[EvalItem]]:
+    """One feature per clip, Float[V, D]: the normalised mean of those of its frames, and its first frame's item.
+
+    The last field of an item names its clip; frames of one clip need not follow each other.
+    """
+    order = {name: place for place, name in enumerate(dict.fromkeys(item.fields[-1] for item in items))}
+    places = torch.tensor([order[item.fields[-1]] for item in items])
+    means = torch.zeros(len(order), features.shape[1]).index_add_(0, places, features)
+    first: dict[str, EvalItem] = {}
+    for item in items:
+        first.setdefault(item.fields[-1], item)
+    return torch.nn.functional.normalize(means, dim=-1), [first[name] for name in order]

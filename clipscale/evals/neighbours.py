@@ -1,0 +1,42 @@
+"""Nearest neighbours among features: classification by their vote, and the nearest one itself."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from clipscale.evals.linear_probe import Labelled, accuracy
+
+KS = (1, 2, 5, 10, 20, 50, 100, 200)
+TEMPERATURE = 0.07
+CHUNK = 1024  # queries compared at a time
+
+
+def votes(train: Labelled, queries: torch.Tensor, ks: tuple[int, ...], classes: int) -> dict[int, torch.Tensor]:
+    """For each k, what the k nearest training images give each class, Float[Q, K].
+
+    A neighbour of cosine s gives exp((s - 1) / 0.07) to its own class (Wu et al. 2018, arXiv:1805.01978, section 3.4;
+    Caron et al. 2021). ``queries`` Float[Q, D] and the training features are normalised here.
+    """
+    known = F.normalize(train.features, dim=-1)
+    found: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
+    for some in F.normalize(queries, dim=-1).split(CHUNK):
+        near = (some @ known.T).topk(min(max(ks), len(known)), dim=1)
+        weights, labels = ((near.values - 1) / TEMPERATURE).exp().double(), train.labels[near.indices]
+        for k in ks:
+            given = weights.new_zeros(len(some), classes)
+            found[k].append(given.scatter_add_(1, labels[:, :k], weights[:, :k]))
+    return {k: torch.cat(parts) for k, parts in found.items()}
+
+
+def choose_k(train: Labelled, held_out: Labelled, classes: int) -> tuple[int, dict[int, float]]:
+    """The number of neighbours that classifies held-out images best, and the accuracy of each; the fewest of equals."""
+    ks = tuple(k for k in KS if k <= len(train.labels))
+    scores = {k: accuracy(v, held_out.labels) for k, v in votes(train, held_out.features, ks, classes).items()}
+    return max(ks, key=lambda k: (scores[k], -k)), scores
+
+
+def nearest(train: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine Float[Q] and place Int64[Q] of the nearest of Float[N, D] to each of Float[Q, D]; both are normalised."""
+    best = [(some @ train.T).max(dim=1) for some in queries.split(CHUNK)]
+    return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])

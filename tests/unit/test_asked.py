@@ -1,0 +1,311 @@
+"""``clipscale eval`` and ``clipscale results``: against open_clip and CLIP_benchmark's formulas, on ranks, as files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from sklearn import metrics
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from clipscale.apps.asking import ask
+from clipscale.apps.evaluation.results import AGGREGATE, compare, read_results
+from clipscale.apps.evaluation.run import evaluate_tasks, show_results
+from clipscale.apps.evaluation.tasks import Task, read_suite, run_task, shipped_suites
+from clipscale.cli import app
+from clipscale.errors import ClipscaleError, ConfigError, DataError
+from clipscale.evals import EvalContext
+from clipscale.evals.prompts import template_sets, templates
+from tests import asked
+from tests.peers import small
+from tests.pool import Pool
+from tests.shards import jpeg
+
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+
+
+@pytest.fixture(scope="module")
+def peer() -> Any:
+    return small("tiny_quickgelu")[1]
+
+
+@pytest.fixture(scope="module")
+def model(peer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(asked.open_clip_directory(tmp_path_factory.mktemp("model") / "peer", peer, mean=MEAN, std=STD))
+
+
+@pytest.fixture(scope="module")
+def context(model: str) -> EvalContext:
+    return ask(model, "cpu", 16)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return asked.write_sets(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.fixture(scope="module")
+def tasks(sets: Path) -> list[Task]:
+    return [
+        Task(f"{sets}/benchmark", "classes", "zeroshot", group_key="npy:0"),
+        Task(f"{sets}/pairs.tar", "pairs"),
+        Task(f"{sets}/labels.csv", "labels", labels=asked.LABELS),
+        Task(f"{sets}/videos", "videos", clips=True),
+    ]
+
+
+@torch.no_grad()
+def of_open_clip(peer: Any, count: int = asked.COUNT) -> tuple[torch.Tensor, Any]:
+    """Features of the images by open_clip, and what gives those of texts."""
+    pixels = torch.stack([decode(jpeg(n, asked.SIDE)) for n in range(count)]).float() / 255
+    normed = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=32)
+
+    def text(captions: list[str]) -> torch.Tensor:
+        with torch.no_grad():
+            return peer.encode_text(tokenizer(captions), normalize=True)
+
+    return peer.encode_image(normed, normalize=True), text
+
+
+def decode(data: bytes) -> torch.Tensor:
+    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+
+def ensemble(text: Any, names: list[str], templates: list[str]) -> torch.Tensor:
+    """CLIP_benchmark's classifier: of each class the mean of the prompts' unit vectors, made a unit vector again."""
+    means = [text([template.replace("{}", name) for template in templates]).mean(0) for name in names]
+    return torch.stack([one / one.norm() for one in means])
+
+
+def test_zero_shot_is_clip_benchmarks(peer: Any, context: EvalContext, tasks: list[Task]) -> None:
+    outcome = run_task(tasks[0], context).outcome
+    found = outcome.scores(outcome.all)
+    image, text = of_open_clip(peer)
+    logits = 100 * image @ ensemble(text, asked.names(), ["a photo of a {}.", "art of the {}."]).T
+    labels = torch.tensor([asked.label(n) for n in range(asked.COUNT)])
+    answers = logits.argmax(1)
+    top5 = logits.topk(5).indices
+    assert found["top1"] == pytest.approx(metrics.accuracy_score(labels, answers))
+    assert found["top5"] == pytest.approx((top5 == labels[:, None]).any(1).double().mean().item())
+    assert found["mean_per_class_recall"] == pytest.approx(metrics.balanced_accuracy_score(labels, answers))
+    groups = [(answers == labels)[group::3].double().mean().item() for group in range(3)]
+    assert found["worst_group_top1"] == pytest.approx(min(groups))
+    sure = (image @ ensemble(text, asked.names(), ["a photo of a {}.", "art of the {}."]).T).double()
+    confidence = (peer.logit_scale.exp().item() * sure).softmax(1).amax(1).numpy()
+    np.testing.assert_allclose(outcome.arrays["confidence"], confidence, atol=1e-5)
+
+
+def test_retrieval_is_clip_benchmarks(peer: Any, context: EvalContext, tasks: list[Task]) -> None:
+    """Recall is whether any right one is among the first k, over every caption of every image."""
+    outcome = run_task(tasks[1], context).outcome
+    found = outcome.scores(outcome.all)
+    image, text = of_open_clip(peer)
+    captions = [caption for n in range(asked.COUNT) for caption in asked.captions(n)]
+    of_image = torch.tensor([n for n in range(asked.COUNT) for _ in asked.captions(n)])
+    scores = text(captions) @ image.T
+    right = torch.nn.functional.one_hot(of_image, asked.COUNT).bool()
+    for k in (1, 5, 10):
+        of_texts = right.gather(1, scores.topk(k, dim=1).indices).any(1)
+        of_images = right.T.gather(1, scores.T.topk(k, dim=1).indices).any(1)
+        assert found[f"t2i_r{k}"] == pytest.approx(of_texts.double().mean().item())
+        assert found[f"i2t_r{k}"] == pytest.approx(of_images.double().mean().item())
+    assert len(captions) == len(set(captions)) == outcome.sizes["texts"]
+
+
+def test_rows_of_one_image_are_one(context: EvalContext, sets: Path) -> None:
+    rows = [f"{n}.jpg,{caption}" for n in range(20) for caption in asked.captions(n)]
+    (sets / "captions.csv").write_text("\n".join(["filepath,caption", *rows]))
+    outcome = run_task(Task(f"{sets}/captions.csv"), context).outcome
+    assert outcome.sizes == {"images": 20, "texts": len(rows)}
+
+
+def test_labels_are_scikit_learns(peer: Any, context: EvalContext, tasks: list[Task], tmp_path: Path) -> None:
+    (tmp_path / "no.txt").write_text("a photo without {}\n")
+    task = Task(tasks[2].path, "labels", labels=asked.LABELS, templates="name", negatives=str(tmp_path / "no.txt"))
+    outcome = run_task(task, context).outcome
+    found = outcome.scores(outcome.all)
+    image, text = of_open_clip(peer)
+    scores = image @ (text(list(asked.LABELS)) - text([f"a photo without {name}" for name in asked.LABELS])).T
+    truth = np.array([asked.marks(n) for n in range(asked.COUNT)])
+    for place, name in enumerate(asked.LABELS):
+        known = ~np.isnan(truth[:, place])
+        assert known.all() == (place < 2)
+        one, other = truth[known, place], scores[known, place].numpy()
+        assert found[f"auroc/{name}"] == pytest.approx(metrics.roc_auc_score(one, other))
+        assert found[f"ap/{name}"] == pytest.approx(metrics.average_precision_score(one, other))
+
+
+def test_frames_of_a_clip_are_averaged(peer: Any, context: EvalContext, tasks: list[Task]) -> None:
+    outcome = run_task(tasks[3], context).outcome
+    image, text = of_open_clip(peer, 24)
+    clips = {(n % 2, n // 4): [m for m in range(24) if (m % 2, m // 4) == (n % 2, n // 4)] for n in range(24)}
+    names = sorted(asked.names()[:2])
+    classes = ensemble(text, names, ["a photo of a {}."])
+    order = sorted(clips, key=lambda clip: (asked.names()[clip[0]], clip[1]))
+    means = torch.stack([image[clips[clip]].mean(0) for clip in order])
+    answers = (means @ classes.T).argmax(1)  # of a length that does not change the order
+    assert outcome.sizes == {"samples": 12} and outcome.names == tuple(names)
+    assert outcome.arrays["answer"].tolist() == answers.tolist()
+    assert outcome.arrays["label"].tolist() == [names.index(asked.names()[clip[0]]) for clip in order]
+
+
+def found_of(model: str, tasks: list[Task]) -> list[dict[str, np.ndarray]]:
+    context = ask(model, "cpu", 5)
+    return [dict(run_task(task, context).outcome.arrays) for task in tasks]
+
+
+def test_two_ranks_find_what_one_does(pool2: Pool, model: str, tasks: list[Task]) -> None:
+    """Every number that every score is made of, bit by bit, on both ranks."""
+    alone = found_of(model, tasks)
+    for ranks in pool2.run(found_of, model, tasks):
+        for one, other in zip(alone, ranks, strict=True):
+            assert one.keys() == other.keys()
+            for name, array in one.items():
+                np.testing.assert_array_equal(array, other[name], strict=True)
+
+
+def test_results_are_stored_and_compared(
+    model: str, tasks: list[Task], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = evaluate_tasks(model, tasks, device="cpu", resamples=40, out=tmp_path / "one")
+    table = capsys.readouterr().out
+    assert "classes" in table and "mean" in table
+    stored = read_results(tmp_path / "one")
+    assert stored.content == json.loads(json.dumps(content)) and set(stored.outcomes) == {t.name for t in tasks}
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {
+        "results.json", "outcomes.npz", "confusion_classes.png", "confusion_videos.png",
+    }  # fmt: skip
+    mains = [one["scores"][one["metric"]] for one in content["tasks"]]
+    assert content[AGGREGATE]["score"] == pytest.approx(sum(mains) / 4)
+    low, high = content["tasks"][0]["intervals"]["top1"]
+    assert low <= content["tasks"][0]["scores"]["top1"] <= high
+    other = [Task(task.path, task.name, task.kind, templates="textures", labels=task.labels, clips=task.clips)
+             for task in tasks[:3]]  # fmt: skip
+    evaluate_tasks(model, other, device="cpu", resamples=40, out=tmp_path / "two", as_json=True)
+    assert json.loads(capsys.readouterr().out)["tasks"][0]["name"] == "classes"
+    same = compare(stored, stored, 10)
+    assert all(one.change == one.low == one.high == 0 and not one.is_clear for one in same)
+    found = {one.task: one for one in compare(stored, read_results(tmp_path / "two"), 50)}
+    assert set(found) == {"classes", "pairs", "labels", AGGREGATE} and found["pairs"].change == 0
+    assert found["classes"].low <= found["classes"].change <= found["classes"].high
+    show_results([tmp_path / "one", tmp_path / "two"], None, tmp_path / "both.png", 10, False)
+    assert (tmp_path / "both.png").read_bytes()[:4] == b"\x89PNG" and "labels" in capsys.readouterr().out
+    show_results([], (tmp_path / "one", tmp_path / "two"), None, 10, False)
+    assert "B: two" in capsys.readouterr().out
+
+
+def test_other_queries_are_not_compared(model: str, sets: Path, tmp_path: Path) -> None:
+    for name in ("pairs.tar", "benchmark"):
+        task = Task(f"{sets}/{name}", "same", "zeroshot" if name == "benchmark" else "retrieval")
+        evaluate_tasks(model, [task], device="cpu", resamples=5, out=tmp_path / name)
+    with pytest.raises(ConfigError, match="not asked the same queries"):
+        show_results([], (tmp_path / "pairs.tar", tmp_path / "benchmark"), None, 5, False)
+    with pytest.raises(ConfigError, match="holds no results"):
+        read_results(sets)
+
+
+def test_the_command(model: str, sets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    app(["eval", model, f"{sets}/pairs.tar", "--device", "cpu", "--resamples", "5", "--json"], standalone_mode=False)
+    (one,) = json.loads(capsys.readouterr().out)["tasks"]
+    assert one["kind"] == "retrieval" and one["metric"] == "mean_r1" and one["queries"]["images"] == asked.COUNT
+    with pytest.raises(ClipscaleError, match="changes what a run was validated on"):
+        app(["eval", model, f"{sets}/pairs.tar", "data.val.shards=x"], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "message"),
+    [
+        (Task("nowhere"), DataError, "^nowhere does not exist"),
+        (Task("{sets}/pairs.tar", kind="guess"), ConfigError, "kind guess: choose from zeroshot"),
+        (Task("{sets}/pairs.tar", metric="top1"), ConfigError, "metric top1 is none of i2t_r1"),
+        (Task("{sets}/pairs.tar", kind="zeroshot"), ConfigError, "does not name its classes; --classes FILE"),
+        (Task("{sets}/benchmark", kind="zeroshot", classes="two.txt"), DataError, "from 0 to 4, and there are 2 class"),
+        (Task("{sets}/benchmark", kind="zeroshot", classes="gone.txt"), DataError, "--classes gone.txt: No such file"),
+        (Task("{sets}/benchmark", kind="zeroshot", templates="ten"), ConfigError, "no set: choose from simple"),
+        (Task("{sets}/benchmark", kind="zeroshot", templates="two.txt"), DataError, "needs one {}"),
+        (Task("{sets}/benchmark", kind="retrieval"), DataError, "no_caption"),
+        (Task("{sets}/labels.csv", labels=("red", "odd")), DataError, "no_odd"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_line(
+    task: Task, error: type[ClipscaleError], message: str, context: EvalContext, sets: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.txt").write_text("cat\ndog\n")
+    fields = vars(task) | {"path": task.path.replace("{sets}", str(sets))}
+    with pytest.raises(error, match=message) as caught:
+        run_task(Task(**fields), context)
+    assert "\n" not in str(caught.value)
+
+
+def test_suites(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(
+        "tasks:\n- {path: a, name: A, labels: [x, 1], templates: own.txt}\n"
+        "- {path: 's3://b/c', metric: top5, clips: yes}\n"
+    )
+    (tmp_path / "own.txt").write_text("{}\n")
+    one, other = read_suite(str(tmp_path / "own.yaml"), None)
+    assert one == Task(f"{tmp_path}/a", "A", labels=("x", "1"), templates=f"{tmp_path}/own.txt")
+    assert other == Task("s3://b/c", metric="top5", clips=True) and other.shown == "c"
+    assert read_suite(str(tmp_path / "own.yaml"), "/d")[0].path == "/d/a"
+    for text, message in {
+        "tasks: 3": "needs a list tasks", "- 1": "needs a list tasks", "tasks: [{path: a, nam: b}]": "no key 'nam'",
+        "tasks: [{": "while parsing",
+    }.items():  # fmt: skip
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_suite(str(tmp_path / "bad.yaml"), None)
+    with pytest.raises(ConfigError, match="is no file, and none of datacomp"):
+        read_suite("nothing", None)
+    with pytest.raises(ConfigError, match="needs --data-dir"):
+        read_suite("datacomp", None)
+    listed = read_suite("datacomp", "/d")
+    assert len(listed) == len({task.shown for task in listed}) == 37 and set(shipped_suites()) == {"datacomp"}
+
+
+def test_the_page_runs(
+    model: str, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command of docs/evaluating.md but that of torchrun, on small sets of these names, and its Python."""
+    page = (Path(__file__).parents[2] / "docs" / "evaluating.md").read_text()
+    (tmp_path / "runs").mkdir()
+    links = {
+        "runs/mine": model, "runs/other": model, "pairs.tar": sets / "pairs.tar", "videos": sets / "videos",
+        "val.tar": sets / "benchmark/test/1.tar", "findings.csv": sets / "labels.csv", "photos": sets / "photos",
+    }  # fmt: skip
+    asked.write_folder(sets / "photos")
+    for name, place in links.items():
+        (tmp_path / name).symlink_to(place)
+    for number in range(asked.COUNT):
+        (tmp_path / f"{number}.jpg").symlink_to(sets / f"{number}.jpg")
+    (tmp_path / "classes.txt").write_text("\n".join(asked.names()))
+    (tmp_path / "without.txt").write_text("a photo without {}\n")
+    (suite,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "suite.yaml").write_text(suite)
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    for line in lines:
+        if line.startswith("clipscale "):
+            speed = ["--resamples", "5", *(["--device", "cpu"] if " eval " in line else [])]
+            app([*shlex.split(line)[1:], *speed], standalone_mode=False)
+    assert (tmp_path / "results/both.png").is_file() and len(lines) == 10
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out.splitlines()[-1].count(" ") == 2
+
+
+def test_prompts_are_those_of_the_paper(tmp_path: Path) -> None:
+    theirs = {template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES}
+    assert len(template_sets()["imagenet"]) == 80 and set(template_sets()["imagenet"]) == theirs
+    assert all(template.count("{}") == 1 for one in template_sets().values() for template in one)
+    (tmp_path / "mine.json").write_text('{"templates": ["the {c}", "a {}"]}')
+    assert templates(str(tmp_path / "mine.json")) == ["the {}", "a {}"]

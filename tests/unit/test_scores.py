@@ -1,0 +1,83 @@
+"""Scores against scikit-learn's, and against the formulas written out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from clipscale.evals.outcomes import Labelled, Retrieved, intervals, resampled
+from clipscale.evals.scores import Ranked, calibration_error, class_recalls, macro_f1, mean
+
+
+@pytest.fixture(params=[0, 1, 2])
+def random(request: pytest.FixtureRequest) -> np.random.Generator:
+    return np.random.default_rng(request.param)
+
+
+def weights(random: np.random.Generator, count: int, weighted: bool) -> np.ndarray:
+    return random.integers(0, 4, count).astype(float) if weighted else np.ones(count)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_of_classes(random: np.random.Generator, weighted: bool) -> None:
+    count, classes = 300, 12
+    labels = random.integers(0, classes - 2, count)  # two classes have no sample
+    answers = np.where(random.random(count) < 0.5, labels, random.integers(0, classes, count))
+    weight, right = weights(random, count, weighted), (labels == answers).astype(float)
+    assert mean(right, weight) == pytest.approx(metrics.accuracy_score(labels, answers, sample_weight=weight))
+    recalls = class_recalls(labels, right, weight, classes)
+    balanced = metrics.balanced_accuracy_score(labels, answers, sample_weight=weight)
+    assert np.nanmean(recalls) == pytest.approx(balanced) and np.isnan(recalls[-2:]).all()
+    there = weight > 0
+    f1 = metrics.f1_score(labels[there], answers[there], sample_weight=weight[there], average="macro")
+    assert macro_f1(labels, answers, weight, classes) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("levels", [5, 100_000])
+def test_of_yes_and_no(random: np.random.Generator, weighted: bool, levels: int) -> None:
+    count = 200
+    labels, weight = random.integers(0, 2, count).astype(float), weights(random, count, weighted)
+    scores = random.integers(0, levels, count) / levels + 0.1 * labels  # few levels: many ties
+    ranked = Ranked(scores, labels)
+    expected = metrics.average_precision_score(labels, scores, sample_weight=weight)
+    assert ranked.average_precision(weight) == pytest.approx(expected)
+    assert ranked.auroc(weight) == pytest.approx(metrics.roc_auc_score(labels, scores, sample_weight=weight))
+
+
+def test_of_one_kind_alone_there_is_none() -> None:
+    for labels in (np.ones(3), np.zeros(3)):
+        assert np.isnan(Ranked(np.arange(3.0), labels).auroc(np.ones(3)))
+    assert np.isnan(Ranked(np.arange(3.0), np.zeros(3)).average_precision(np.ones(3)))
+
+
+def test_calibration_by_its_definition(random: np.random.Generator) -> None:
+    confidence, hits = random.random(500), random.integers(0, 2, 500).astype(float)
+    expected = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence > low) & (confidence <= low + 1 / 15)
+        if inside.any():
+            expected += inside.mean() * abs(hits[inside].mean() - confidence[inside].mean())
+    assert calibration_error(confidence, hits, np.ones(500)) == pytest.approx(expected, abs=1e-12)
+    assert calibration_error(np.ones(4), np.ones(4), np.ones(4)) == 0
+
+
+def test_unknown_labels_are_left_out(random: np.random.Generator) -> None:
+    score, label = random.random((50, 2)), random.integers(0, 2, (50, 2)).astype(float)
+    label[::3, 1] = np.nan
+    outcome = Labelled({"score": score, "label": label}, ("a", "b"), "")
+    found, known = outcome.scores(outcome.all), ~np.isnan(label[:, 1])
+    assert found["auroc/b"] == pytest.approx(metrics.roc_auc_score(label[known, 1], score[known, 1]))
+    assert found["map"] == pytest.approx((found["ap/a"] + found["ap/b"]) / 2)
+
+
+def test_intervals_cover_as_often_as_they_say() -> None:
+    """Of 100 draws of 100 queries that hit in 40 %: 95 % of the intervals hold 40 %, give or take."""
+    random, covered = np.random.default_rng(5), 0
+    for seed in range(100):
+        hits = (random.random((2, 100)) < 0.4).astype(float)
+        arrays = {f"{way}_r{k}": hits[i] for i, way in enumerate(("i2t", "t2i")) for k in (1, 5, 10)}
+        low, high = intervals(resampled(Retrieved(arrays, (), ""), 100, seed))["mean_r1"]
+        covered += low <= 0.4 <= high
+    assert 88 <= covered <= 100
