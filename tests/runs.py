@@ -35,6 +35,7 @@ def run_here(*overrides: str, expect: int = 0) -> str:
     """As :func:`run`, but in this process: for runs of one process that nothing happens to, many times sooner."""
     gc.collect()  # a run that failed here before holds its directory as long as its error lives
     said, argv, environment = io.StringIO(), sys.argv, dict(os.environ)
+    signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     try:
         with redirect_stdout(said), redirect_stderr(said):
             try:
@@ -49,6 +50,7 @@ def run_here(*overrides: str, expect: int = 0) -> str:
     output = said.getvalue()
     assert code == expect, output
     assert "Traceback" not in output, output
+    assert signals == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     return output
 
 

@@ -14,7 +14,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, ModuleType
 
@@ -23,6 +24,7 @@ from clipscale.distributed import GRACE_S, RUN_FILE
 from clipscale.errors import ExitCode
 
 SEPARATOR = "--"
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")  # that the agent hands on to the ranks
 
 
 def start_ranks(options: Sequence[str], arguments: Sequence[str]) -> ExitCode:
@@ -39,9 +41,9 @@ def start_ranks(options: Sequence[str], arguments: Sequence[str]) -> ExitCode:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
     command = [*options, *_grace(torchrun), "-m", "clipscale.train", *arguments]
     cause, status, asked = "the ranks ended without a result", 0, False
-    # Until torchrun listens itself, when it has found its peers; the first process of a container hears nothing else.
-    signal.signal(signal.SIGTERM, _leave)
-    with tempfile.TemporaryDirectory() as folder:
+    with _signals_given_back(), tempfile.TemporaryDirectory() as folder:
+        # Until torchrun listens itself, when it has found its peers; a container's first process hears nothing else.
+        signal.signal(signal.SIGTERM, _leave)
         known = Path(folder, "run")
         os.environ[RUN_FILE] = str(known)
         try:
@@ -83,6 +85,18 @@ def _outcome(path: Path | None, cause: str, status: int, asked: bool) -> ExitCod
     return ExitCode(result["exit_code"])
 
 
+@contextmanager
+def _signals_given_back() -> Iterator[None]:
+    """The agent takes the signals and keeps them; a program that trained, then does something else, wants its own."""
+    before = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # None: not one of Python's
+                signal.signal(number, handler)
+
+
 def _leave(number: int, frame: FrameType | None) -> None:
     raise SystemExit(int(ExitCode.PREEMPTED))
 
@@ -92,7 +106,7 @@ def _prepare_environment(processes: str) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(processes))))
     # Without this, a restarted rank can meet the address of its dead peer in the agent's store.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join(SIGNALS))
     os.environ.setdefault("PYTHONFAULTHANDLER", "1")
     # Of a rank that is killed, Python tells what it left behind; that is cleaned up, and no news for the user.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
