@@ -29,7 +29,10 @@ def audit_command(
     ] = None,
     caption_key: Annotated[str, typer.Option(help="Where captions stand: txt, json:FIELD.")] = "txt",
     answer_key: Annotated[
-        str | None, typer.Option(help="Text that must rank first of all such texts to be right; else the caption.")
+        str | None,
+        typer.Option(
+            help="Text that must rank first of all such texts to be right; else the class's name, else the caption."
+        ),
     ] = None,
     unit: Annotated[
         str | None, typer.Option(help="Field whose equal values mean images that are not independent: json:person.")

@@ -59,9 +59,11 @@ def audit(where: str, dataset: str, options: Options, out: Path | None, device: 
     labels = read_labels(options.labels) if options.labels else None
     words = read_words(options.words) if options.words else None
     context = ask(where, device, options.batch_size)
-    answers = partial(_answer, key=options.answer_key, caption_key=options.caption_key)
+    samples = open_collection(dataset)
+    classes = samples.about.classes if options.answer_key is None else ()
+    answers = partial(_answer, key=options.answer_key or options.caption_key, classes=classes)
     fields = [answers, partial(_unit, key=options.unit), *(_optional(of) for of in group_of.values())]
-    data = EvalSet(open_collection(dataset), IMAGE_KEYS, context.model.config.vision, MOST_PIXELS, fields)
+    data = EvalSet(samples, IMAGE_KEYS, context.model.config.vision, MOST_PIXELS, fields)
     image, items, bad = context.encode_images(data)
     groups = {name: [item.fields[2 + place] for item in items] for place, name in enumerate(group_of)}
     for name, values in groups.items():
@@ -77,7 +79,10 @@ def audit(where: str, dataset: str, options: Options, out: Path | None, device: 
         "small": options.small,
         "groups": {name: dict(Counter(v for v in values if v).most_common()) for name, values in groups.items()},
     }
-    found["accuracy"] = _accuracy(context, image, items, groups, units, options)
+    found["accuracy"] = {
+        "of": "class" if classes else options.answer_key or options.caption_key,
+        **_accuracy(context, image, items, groups, units, options.small),
+    }
     if labels is not None:
         found["labels"] = _associations(context, image, labels, groups, units, options.small)
     if rank() != 0:
@@ -95,8 +100,8 @@ def audit(where: str, dataset: str, options: Options, out: Path | None, device: 
     return found
 
 
-def _answer(sample: Member, key: str | None, caption_key: str) -> str:
-    return find_captions(sample, caption_key)[0] if key is None else str(find_field(sample, key))
+def _answer(sample: Member, key: str, classes: Sequence[str]) -> str:
+    return classes[int(find_field(sample, "cls"))] if classes else find_captions(sample, key)[0]
 
 
 def _unit(sample: Member, key: str | None) -> str | None:
@@ -113,19 +118,14 @@ def _accuracy(
     items: Sequence[EvalItem],
     groups: dict[str, list[str | None]],
     units: Sequence[str],
-    options: Options,
+    small: int,
 ) -> dict[str, Any]:
     """Whether an image's own text is the most similar one of all texts of the data set."""
     own = [item.fields[0] for item in items]
     texts = list(dict.fromkeys(own))
     best = _best(image, context.encode_captions(texts))
     right = [texts[place] == text for place, text in zip(best, own, strict=True)]
-    return {
-        "of": options.answer_key or options.caption_key,
-        "texts": len(texts),
-        "chance": 1 / len(texts),
-        **_by_group(right, groups, units, options.small),
-    }
+    return {"texts": len(texts), "chance": 1 / len(texts), **_by_group(right, groups, units, small)}
 
 
 def _associations(
