@@ -158,3 +158,11 @@ def train(words: list[str]) -> None:
     for name in (word for word in words if word.startswith("name=")):
         rmtree(Path("runs", name.removeprefix("name=")), ignore_errors=True)
     run_here(*words, *SMALL["train"], *(["init.weights=runs/demo"] if fetched else []))
+
+
+def test_a_classifier_is_asked(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (lines,) = [lines for name, lines in blocks() if name == "finetuning-2"]
+    test_the_block_runs(home, lines)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "finetuning.md").read_text(), re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out.strip() in NAMES
