@@ -6,6 +6,7 @@ Outcomes are stored beside the scores, so that runs can be compared later, query
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +15,12 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from clipscale.evals.bootstrap import interval
 from clipscale.evals.scores import Floats, Ranked, calibration_error, class_recalls, macro_f1, mean
 
 Weights = Mapping[str, Floats]
 Arrays = Mapping[str, NDArray[Any]]
 RESAMPLES = 1000
-LEVEL = 0.95  # of intervals
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,7 @@ def intervals(drawn: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, fl
     for name in drawn[0]:
         values = np.array([scores[name] for scores in drawn])
         values = values[~np.isnan(values)]
-        low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(values) else (np.nan, np.nan)
-        found[name] = (float(low), float(high))
+        found[name] = interval(values) if len(values) else (math.nan, math.nan)
     return found
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from clipscale import __version__
 from clipscale.apps.evaluation.tasks import Answer
 from clipscale.errors import ConfigError, masked
-from clipscale.evals.outcomes import LEVEL, OUTCOMES, Outcome, intervals, resampled
+from clipscale.evals.bootstrap import LEVEL
+from clipscale.evals.outcomes import OUTCOMES, Outcome, intervals, resampled
 
 RESULTS, OUTCOMES_FILE = "results.json", "outcomes.npz"
 AGGREGATE = "aggregate"

@@ -21,7 +21,8 @@ from clipscale.apps.evaluation.tables import differences, overview, task_table
 from clipscale.apps.evaluation.tasks import Answer, Task, run_task
 from clipscale.distributed.collectives import rank
 from clipscale.errors import ClipscaleError, ConfigError
-from clipscale.evals.outcomes import LEVEL, Classified
+from clipscale.evals.bootstrap import LEVEL
+from clipscale.evals.outcomes import Classified
 from clipscale.evals.protocol import EvalContext
 
 
