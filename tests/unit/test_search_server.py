@@ -309,6 +309,17 @@ def test_a_body_that_does_not_come_is_not_waited_for(site: Site, monkeypatch: py
     assert site.search(text="still there").status == 200
 
 
+@pytest.mark.parametrize("length", [500, UPLOAD_BYTES + 1])
+def test_a_sender_that_goes_away_leaves_no_trace(site: Site, length: int, caplog: pytest.LogCaptureFixture) -> None:
+    head = UPLOAD.replace(b"500", b"%d" % length)
+    with socket.create_connection(("127.0.0.1", site.port)) as there:
+        there.sendall(head + b"\r\nabc")
+        time.sleep(0.2)
+    time.sleep(0.3)
+    assert site.search(text="still there").status == 200
+    assert not caplog.records
+
+
 def test_headers_that_do_not_come_are_not_waited_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "HEADERS_S", 0.5)
     assert slow(site, pause=0) == b"", "a connection that never asks"

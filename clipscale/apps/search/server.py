@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from clipscale.apps.search.connection import Connection
 from clipscale.apps.search.index import Filter, Hit, SearchIndex, to_picture
@@ -332,6 +333,8 @@ async def _read(request: Request, most: int) -> bytes:
     except TimeoutError:
         told = f"the rest of the request did not come: {STALLED_S:g} s without a byte, or {BODY_S:g} s in all, end it"
         raise HTTPException(408, told, {"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the sender is gone") from None
     if size > most:
         await _drain(request)
         raise refusal
@@ -341,7 +344,7 @@ async def _read(request: Request, most: int) -> bytes:
 async def _drain(request: Request) -> None:
     """Read on for a moment what is refused: most senders read why only once they have sent it."""
     left = DRAINED
-    with suppress(TimeoutError):
+    with suppress(TimeoutError, ClientDisconnect):
         async with asyncio.timeout(LINGER_S):
             async for part in request.stream():
                 left -= len(part)
