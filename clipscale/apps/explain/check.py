@@ -156,8 +156,8 @@ def _print(result: dict[str, Any], out: Path | None) -> None:
     what = "caption against the others'" if result["contrast"] else "cosine similarity"
     left_out = f" ({result['unusable']} could not be used)" if result["unusable"] else ""
     console.print(
-        f"{result['images']} images{left_out}, {what} {result['score']:.4f}, {result['score_without_image']:.4f} without "
-        f"the image ({result['fill']}); mean height of the curve, with 95 % intervals",
+        f"{result['images']} images{left_out}, {what} {result['score']:.4f}, {result['score_without_image']:.4f} "
+        f"without the image ({result['fill']}); mean height of the curve, with 95 % intervals",
         soft_wrap=True,
     )
     table = Table(box=None, padding=(0, 2, 0, 0))
