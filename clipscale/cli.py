@@ -363,8 +363,18 @@ def main() -> None:
     try:
         app()
     except ClipscaleError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if _says(str(error)):
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+
+
+def _says(text: str) -> bool:
+    """Whether this process is the one to say it: of ranks that all come to the same mistake, one is."""
+    if "RANK" not in os.environ:
+        return True
+    from clipscale.distributed.runtime import says_first
+
+    return says_first(text)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from clipscale.apps.data.jobs import whole
 from clipscale.apps.search.model import Towers, as_towers, open_towers
 from clipscale.config.data import Data
 from clipscale.data.collections import IMAGE_SUFFIXES
+from clipscale.data.folders import files_below
 from clipscale.data.samples import BadSample, decode_image
 from clipscale.errors import ConfigError, DataError
 
@@ -126,9 +127,8 @@ def _files(given: Sequence[Path]) -> list[Path]:
     for path in given:
         if not path.exists():
             raise DataError(f"{path} does not exist")
-        inside = path.rglob("*") if path.is_dir() else ()
-        pictures = sorted(one for one in inside if one.suffix[1:].lower() in IMAGE_SUFFIXES)
-        files += pictures if path.is_dir() else [path]
+        inside = [path / name for name, _ in files_below(path)] if path.is_dir() else [path]
+        files += sorted(one for one in inside if one == path or one.suffix[1:].lower() in IMAGE_SUFFIXES)
     if not files:
         raise DataError(f"{given[0]} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return files

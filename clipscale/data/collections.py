@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from clipscale.config.data import Storage
+from clipscale.data.folders import files_below
 from clipscale.data.io import REMOTE, ShardStore, parent, resolve
 from clipscale.data.manifest import ShardFile, damages, expand_shards, summarise
 from clipscale.data.samples import Member
@@ -89,10 +90,10 @@ def open_collection(
 
     - Shards: a brace pattern, a list with ``::``, or a directory (or remote prefix) of ``.tar`` files.
     - CLIP_benchmark's layout: ``where/{test,train}/{nshards.txt,0.tar,…}``; ``split`` chooses.
-    - A folder of images at any depth; where all lie in sub-folders, those are the classes, in alphabetical order. A
-      same-named ``.txt`` holds captions, ``.json`` other fields. ``clips``: each folder of images is one clip of a
-      video (``where/CLASS/CLIP/frame.jpg`` or ``where/CLIP/frame.jpg``), and the images are its frames;
-      ``where/CLIP.txt`` holds its captions.
+    - A folder of images at any depth, with no shards among them; where all lie in sub-folders, those are the classes,
+      in alphabetical order. A same-named ``.txt`` holds captions, ``.json`` other fields. ``clips``: each folder of
+      images is one clip of a video (``where/CLASS/CLIP/frame.jpg`` or ``where/CLIP/frame.jpg``), and the images are its
+      frames; ``where/CLIP.txt`` holds its captions.
     - A CSV or TSV with a column of image paths, relative to it. ``caption_columns`` hold captions, ``label_column``
       class numbers, or names, whose classes are then all names in alphabetical order; columns of the usual names are
       found. ``one_per_image`` makes one sample of all rows that name the same image, with the captions of all.
@@ -112,6 +113,9 @@ def open_collection(
     where = resolve(where, None).rstrip("/")
     names = store.names(where)
     if tars := [name for name in names if name.endswith(ARCHIVES)]:
+        below = () if where.startswith(REMOTE) else files_below(Path(where))
+        if image := next((path for path, _ in below if _is_image(path)), None):
+            raise _mixed(where, tars[0], image)
         return Shards(expand_shards([f"{where}/{name}" for name in tars], None, where, store))
     if benchmark := _benchmark(store, where, split, names):
         return benchmark
@@ -205,7 +209,14 @@ class Folder:
 
     def __init__(self, root: Path, clips: bool = False) -> None:
         self.root = root
-        self._paths = sorted(path for path in _images(root))
+        found = dict(files_below(root))
+        self._paths = sorted(filter(_is_image, found))
+        self._missing = {path for path in self._paths if not found[path]}
+        archive = min((path for path in found if path.endswith(ARCHIVES)), default=None)
+        if archive and self._paths:
+            raise _mixed(str(root), archive, self._paths[0])
+        if archive:
+            raise DataError(f"{root} holds shards in folders, {archive} among them; name the folder that they lie in")
         if not self._paths:
             raise DataError(f"{root} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no .tar files")
         self._clips = clips
@@ -220,8 +231,8 @@ class Folder:
 
     @cached_property
     def identity(self) -> str:
-        """A digest of the images' paths, sizes and times."""
-        return digest_of_files(self.root, self._paths)
+        """A digest of the paths, sizes and times of the images that are there."""
+        return digest_of_files(self.root, [path for path in self._paths if path not in self._missing])
 
     def location(self, place: int) -> str:
         """The path of image ``place``."""
@@ -235,12 +246,15 @@ class Folder:
         return map(self._member, self._paths[start:stop])
 
     def _member(self, path: str) -> Member:
-        place = self.root / path
+        place, members, problem = self.root / path, {}, "missing_image"
         try:
-            data = place.read_bytes()
+            if path not in self._missing:
+                data, problem = place.read_bytes(), ""
+                members = {path.rpartition(".")[2].lower(): data, "jpg": data}
+        except PermissionError:
+            problem = "unreadable_image"
         except OSError as error:
             raise DataError(f"{place} cannot be read: {error.strerror}; it was there when this began") from None
-        members = {path.rpartition(".")[2].lower(): data, "jpg": data}
         for suffix in ("txt", "json"):
             clip = place.parent  # what is said of a video lies beside its folder
             beside = clip.with_name(f"{clip.name}.{suffix}") if self._clips else place.with_suffix(f".{suffix}")
@@ -250,15 +264,18 @@ class Folder:
             members["cls"] = str(self._labels[path.partition("/")[0]]).encode()
         if self._clips:
             members[CLIP_FIELD] = parent(path).encode()
-        return Member(path, members)
+        return Member(path, members, problem)
 
 
-def _images(root: Path) -> Iterator[str]:
-    for path in root.rglob("*"):
-        inside = path.relative_to(root)
-        hidden = any(part.startswith((".", "__MACOSX")) for part in inside.parts)
-        if path.suffix[1:].lower() in IMAGE_SUFFIXES and not hidden and path.is_file():
-            yield inside.as_posix()
+def _is_image(path: str) -> bool:
+    return Path(path).suffix[1:].lower() in IMAGE_SUFFIXES
+
+
+def _mixed(where: str, archive: str, image: str) -> DataError:
+    return DataError(
+        f"{where} holds shards ({archive}) and images ({image}), of which only one can be meant: name the shards by a "
+        "pattern, or move one of the two elsewhere"
+    )
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------

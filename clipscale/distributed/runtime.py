@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import signal
@@ -92,6 +93,16 @@ def share(store: dist.Store, key: str, make: Callable[[], str]) -> str:
         store.set(key, text)
         return text
     return store.get(key).decode()
+
+
+def says_first(text: str) -> bool:
+    """Whether this rank is the first of those that torchrun started to say a text; a process by itself is."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # a store of the ranks' own may be gone, or never come
+        return True
+    try:
+        return connect().add(_of_this_attempt(f"said/{hashlib.sha256(text.encode()).hexdigest()}"), 1) == 1
+    except (RuntimeError, OSError):  # torchrun is gone
+        return True
 
 
 def _of_this_attempt(key: str) -> str:

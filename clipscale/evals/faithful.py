@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from clipscale.evals.relevance import mean_colour, similarity
+from clipscale.evals.relevance import cell_of, cell_sums, mean_colour, similarity
 from clipscale.models.vision import VisionTower
 
 MOST_STEPS = 32  # points of a curve; with fewer cells, each is one
@@ -42,7 +42,8 @@ def edges(images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     that knows nothing of the model or the caption."""
     grey = F.pad(images.float().mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     kernels = torch.stack([_SOBEL, _SOBEL.T])[:, None].to(grey.device)
-    return F.adaptive_avg_pool2d(F.conv2d(grey, kernels).norm(dim=1), grid)
+    strength = F.conv2d(grey, kernels).norm(dim=1)
+    return cell_sums(strength, grid) / cell_sums(torch.ones_like(strength), grid)
 
 
 def chance(count: int, grid: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
@@ -61,11 +62,11 @@ def curves(
     """
     instead = FILLS[fill](images)
     grid, cells = heat.shape[1:], heat[0].numel()
+    rows, columns = (cell_of(size, count) for size, count in zip(images.shape[2:], grid, strict=True))
     ranks = heat.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1).to(images.device)
     deletion, insertion = [], []
     for moved in torch.linspace(0, cells, min(cells, MOST_STEPS) + 1).round().tolist():
-        first = (ranks < moved).unflatten(1, grid)[:, None].float()
-        first = F.interpolate(first, images.shape[2:], mode="nearest").bool()
+        first = (ranks < moved).unflatten(1, grid)[:, None, rows[:, None], columns]
         deletion.append(similarity(tower, torch.where(first, instead, images), direction).cpu())
         insertion.append(similarity(tower, torch.where(first, images, instead), direction).cpu())
     return Curves(torch.stack(deletion, 1), torch.stack(insertion, 1))

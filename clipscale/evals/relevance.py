@@ -55,6 +55,20 @@ def cells(tower: VisionTower) -> tuple[int, int]:
     return rows, columns
 
 
+def cell_of(size: int, count: int) -> torch.Tensor:
+    """Int64[size], which of ``count`` cells, that go over all of the image, each of its rows (or columns) of pixels is
+    in: the cells are unequal where the size is no multiple of their number, and every pixel is in one."""
+    return torch.arange(size) * count // size
+
+
+def cell_sums(values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Float[B, rows, columns], of Float[B, S, S] the sums over the cells."""
+    rows, columns = (
+        F.one_hot(cell_of(size, count), count).to(values) for size, count in zip(values.shape[1:], grid, strict=True)
+    )
+    return rows.T @ values @ columns
+
+
 def mean_colour(images: torch.Tensor) -> torch.Tensor:
     """Images of one colour each, the mean of theirs: UInt8[B, 3, S, S]."""
     return images.float().mean((2, 3), keepdim=True).round().to(images.dtype).expand(images.shape)
@@ -70,9 +84,7 @@ def _integrated(tower: VisionTower, images: torch.Tensor, direction: torch.Tenso
         point = (start + (end - start) * ((step + 0.5) / STEPS)).requires_grad_()
         total += torch.autograd.grad(similarity(tower, point, direction).sum(), point)[0]
     values = (total / STEPS * (end - start)).float().sum(1)
-    grid = cells(tower)
-    area = values.shape[1] * values.shape[2] / (grid[0] * grid[1])
-    return F.adaptive_avg_pool2d(values, grid) * area
+    return cell_sums(values, cells(tower))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -152,6 +154,63 @@ def test_what_a_folder_lost_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(DataError, match="it was there when this began"):
         list(found.read(0, 1))
+
+
+def test_links_that_lead_nowhere_are_samples_that_cannot_be_used(tmp_path: Path) -> None:
+    fill(tmp_path, "a.jpg", "c.jpg")
+    (tmp_path / "b.jpg").symlink_to("gone.jpg")
+    (tmp_path / "b.txt").write_text("a caption")
+    (tmp_path / "itself.png").symlink_to("itself.png")
+    found = list(open_collection(str(tmp_path)).read(0, 9))
+    assert [(one.key, one.problem) for one in found] == [
+        ("a.jpg", ""), ("b.jpg", "missing_image"), ("c.jpg", ""), ("itself.png", "missing_image"),
+    ]  # fmt: skip
+    assert found[1].members == {"txt": b"a caption"}
+    assert open_collection(str(tmp_path)).identity == open_collection(str(tmp_path)).identity
+
+
+def test_links_to_folders_are_followed_but_not_round_in_circles(tmp_path: Path) -> None:
+    fill(tmp_path, "elsewhere/1.jpg", "set/dog/2.jpg")
+    (tmp_path / "set" / "cat").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
+    found = open_collection(str(tmp_path / "set"))
+    assert keys(found) == ["cat/1.jpg", "dog/2.jpg"] and labels(found) == ["0", "1"]
+
+
+def test_what_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a user who may not: these tests may run as one who may read all."""
+    root = fill(tmp_path, "a.jpg", "b.jpg", "own/c.jpg")
+    read, scan = Path.read_bytes, os.scandir
+
+    def refuse(done: Any, closed: str) -> Any:
+        def do(path: Any) -> Any:
+            if str(path).endswith(closed):
+                raise PermissionError(13, "Permission denied")
+            return done(path)
+
+        return do
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse(read, "b.jpg"))
+        assert [one.problem for one in open_collection(str(root)).read(0, 3)] == ["", "unreadable_image", ""]
+    monkeypatch.setattr(os, "scandir", refuse(scan, "own"))
+    with pytest.raises(DataError, match=r"own cannot be read: Permission denied; what lies in it would be left out"):
+        open_collection(str(root))
+
+
+@pytest.mark.parametrize(("shard", "image"), [("0.tar", "a.jpg"), ("0.tar", "cat/a.jpg"), ("deep/0.tgz", "a.jpg")])
+def test_shards_among_images_are_refused(shard: str, image: str, tmp_path: Path) -> None:
+    (tmp_path / shard).parent.mkdir(exist_ok=True)
+    write_shard(tmp_path / shard, [("s", {"jpg": jpeg(0)})])
+    fill(tmp_path, image)
+    with pytest.raises(DataError, match=rf"holds shards \({shard}\) and images \({image}\), of which only one"):
+        open_collection(str(tmp_path))
+    (tmp_path / image).unlink()
+    if "/" in shard:
+        with pytest.raises(DataError, match=r"holds shards in folders, deep/0\.tgz among them; name the folder"):
+            open_collection(str(tmp_path))
+    else:
+        assert len(open_collection(str(tmp_path))) == 1
 
 
 def test_a_sample_is_what_training_reads(tmp_path: Path) -> None:

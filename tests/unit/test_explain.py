@@ -20,12 +20,13 @@ from clipscale.apps.explain.command import explain_image
 from clipscale.checkpoint.export import write_safetensors
 from clipscale.cli import app
 from clipscale.config import compose
+from clipscale.config.model import Vision
 from clipscale.data.samples import pack
 from clipscale.errors import ClipscaleError
 from clipscale.evals.attention import RecordedAttention
 from clipscale.evals.explain import explain
 from clipscale.evals.faithful import area, blurred, curves, edges
-from clipscale.evals.relevance import STEPS, cells, mean_colour, methods, relevance, similarity
+from clipscale.evals.relevance import STEPS, cell_of, cell_sums, cells, mean_colour, methods, relevance, similarity
 from clipscale.models import CLIP, build_model
 from tests.peers import scramble, siglip_config, small
 from tests.shards import write_shards
@@ -126,6 +127,40 @@ def test_integrated_gradients_are_captums(tiny: CLIP) -> None:
     with torch.no_grad():
         gained = similarity(tower, images, wanted) - similarity(tower, start, wanted)
     torch.testing.assert_close(ours.sum((1, 2)), gained, rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize(("size", "grid"), [(64, (4, 4)), (98, (4, 4)), (50, (3, 7)), (13, (13, 13))])
+def test_every_pixel_is_in_one_cell(size: int, grid: tuple[int, int]) -> None:
+    values = torch.rand(2, size, size, generator=torch.Generator().manual_seed(0)).double()
+    sums, counted = cell_sums(values, grid), cell_sums(torch.ones(1, size, size).double(), grid)
+    torch.testing.assert_close(sums.sum((1, 2)), values.sum((1, 2)))
+    assert counted.sum() == size * size and counted.min() > 0
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            ys, xs = cell_of(size, grid[0]) == row, cell_of(size, grid[1]) == column
+            torch.testing.assert_close(sums[:, row, column], values[:, ys][:, :, xs].sum((1, 2)))
+    for one, count in zip((0, -1), (0, grid[0] - 1), strict=True):
+        assert cell_of(size, grid[0])[one] == count, "from edge to edge"
+
+
+@pytest.mark.parametrize("kind", ["tiny", "siglip", "resnet"])
+def test_cells_that_do_not_divide_the_image_give_the_whole_score(kind: str) -> None:
+    """Completeness, as where they do: 70 pixels are four patches of 16 and a rest, or three cells of a ResNet."""
+    config = compose(["model=tiny"])[0].model if kind == "tiny" else siglip_config()
+    if kind == "resnet":
+        config.vision = Vision(timm="resnet18")
+    config.vision.image_size = 70
+    model = build_model(config).eval()
+    scramble(model)
+    tower, images, wanted = model.visual, pictures(2, side=70), directions(model, 2)
+    heat = relevance(tower, images, wanted, "integrated")
+    start = tower.normalize(mean_colour(images))
+    with torch.no_grad():
+        gained = similarity(tower, images, wanted) - similarity(tower, start, wanted)
+    assert heat.shape[1:] == cells(tower) and 70 % cells(tower)[0]
+    torch.testing.assert_close(heat.sum((1, 2)), gained, rtol=0.05, atol=4e-3)
+    found = curves(tower, images, wanted, heat)
+    torch.testing.assert_close(found.deletion[:, 0], found.insertion[:, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_grad_cam_is_captums(resnet: CLIP) -> None:

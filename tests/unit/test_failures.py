@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +35,23 @@ def agent(monkeypatch: pytest.MonkeyPatch) -> Agent:
         return dist.HashStore()
 
     return start
+
+
+def test_ranks_that_come_to_the_same_mistake_say_it_once(tmp_path: Path) -> None:
+    """Two processes with a store between them, as torchrun's agent has it."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    agent = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+    def ask(model: str, rank: int) -> subprocess.Popen[str]:
+        here = agent | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        command = [sys.executable, "-m", "clipscale.cli", "search", "query", model, "a text"]
+        return subprocess.Popen(command, env=os.environ | here, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+
+    for models in (["gone", "gone"], ["one", "another"]):
+        ranks = [ask(model, rank) for rank, model in enumerate(models)]
+        told = "".join(process.communicate()[1] for process in ranks)
+        assert [process.returncode for process in ranks] == [2, 2]
+        assert told.count("error: ") == len(set(models)) and all(model in told for model in models)
 
 
 @pytest.mark.parametrize(

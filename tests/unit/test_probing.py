@@ -93,6 +93,25 @@ def test_probe(tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.Capt
     assert "linear probe" in capsys.readouterr().out
 
 
+def test_labels_of_a_table_are_a_column(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(12):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number) if number else b"no image")
+    rows = [f"{number}.jpg,{'cat' if number % 2 else 'dog'},{number % 2}" for number in range(12)]
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / name).write_text("\n".join(["image,species,whole", *rows]))
+    train, test = str(tmp_path / "train.csv"), str(tmp_path / "test.csv")
+    for key, named in (("species", True), ("whole", False), ("json:whole", False)):
+        found = probe(str(tiny_model), train, test, Options(label_key=key, k=1), "cpu", None, False)
+        assert (found["classes"], found["train_images"], found["knn"]["top1"]) == (2, 11, 1.0)
+        assert found["unusable"] == {"train": 1, "test": 1} and ("zeroshot" in found) == named
+        assert "could not be used: 1 of train, 1 of test" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(DataError, match=r"has no column 'kind'; its columns are image, species, whole"):
+        probe(str(tiny_model), train, test, Options(label_key="kind"), "cpu", None, False)
+    options = Gap(label_key="species", corruptions=False)
+    told = generalise(str(tiny_model), train, test, tmp_path / "out", options, "cpu", None, False)
+    assert told["question"] == "zeroshot" and told["sets"]["train"]["unusable"] == 1
+
+
 def test_generalise(tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, held_out = str(data / "train"), str(data / "held-out.tar")
     options = Gap(shifted=[f"again={held_out}"], text_key="json:name", most=10)

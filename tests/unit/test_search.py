@@ -125,6 +125,20 @@ def test_an_index_of_faiss_finds_nearly_the_same(kind: str, tmp_path: Path) -> N
         Approximate(vectors)
 
 
+@pytest.mark.parametrize("kind", approximate.KINDS)
+def test_an_index_is_the_same_on_however_many_threads(kind: str, tmp_path: Path) -> None:
+    faiss = approximate.require_faiss()
+    vectors, threads, made = benchmark.make_vectors(tmp_path / "v", 3000, 16), faiss.omp_get_max_threads(), set()
+    try:
+        for count in (1, 4, 4, 16):
+            faiss.omp_set_num_threads(count)
+            build_index(vectors, kind)
+            made.add((vectors.directory / approximate.INDEX).read_bytes())
+    finally:
+        faiss.omp_set_num_threads(threads)
+    assert len(made) == 1
+
+
 def test_the_benchmark_measures_all_sides(tmp_path: Path) -> None:
     vectors = benchmark.make_vectors(tmp_path / "v", 500, 8)
     queries = np.random.default_rng(1).standard_normal((3, 8), np.float32)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import struct
 import sys
 import threading
@@ -20,15 +21,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import uvicorn
 from PIL import Image
 
 import clipscale
+from clipscale.apps.search import connection
 from clipscale.apps.search import server as module
 from clipscale.apps.search.embed import Wanted, embed
 from clipscale.apps.search.index import SearchIndex
 from clipscale.apps.search.query import serve
-from clipscale.apps.search.server import PAGE, UPLOAD_BYTES, listen, make_app
+from clipscale.apps.search.server import PAGE, UPLOAD_BYTES, listen, make_app, make_server
 from clipscale.errors import ConfigError
 from tests.shards import jpeg, sample, write_shards
 from tests.unit.test_export import SMALL_TEXT, make_run
@@ -82,7 +83,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     embed(Wanted(str(run), f"{root}/shards/{{00000..00001}}.tar"), root / "index", jobs=1)
     index = SearchIndex(root / "index")
     there = listen("127.0.0.1", 0)
-    running = uvicorn.Server(uvicorn.Config(make_app(index, ["search.example"]), log_level="critical"))
+    running = make_server(make_app(index, ["search.example"]))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [there]})
     thread.start()
     yield Site(there.getsockname()[1], index, run)
@@ -278,6 +279,78 @@ def test_what_is_too_large_is_not_read(site: Site) -> None:
         pass
     else:
         assert sent < 10 * UPLOAD_BYTES, "all of it was read"
+    assert site.search(text="still there").status == 200
+
+
+def slow(site: Site, *parts: bytes, pause: float) -> bytes:
+    """All that comes back when parts are sent with pauses between them, and then nothing."""
+    with socket.create_connection(("127.0.0.1", site.port), timeout=30) as there:
+        with suppress(OSError):  # it may be closed before all is sent
+            for part in parts:
+                there.sendall(part)
+                time.sleep(pause)
+        found = b""
+        with suppress(ConnectionResetError):
+            while part := there.recv(1 << 16):
+                found += part
+        return found
+
+
+UPLOAD = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 500\r\n"
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STALLED_S", 0.5)
+    monkeypatch.setattr(module, "BODY_S", 2.0)
+    for parts in ([UPLOAD + b"\r\n", b"a"], [UPLOAD + b"\r\n", *[b"a"] * 100]):  # it stalls; it comes drop by drop
+        head, _, body = slow(site, *parts, pause=0.1).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408") and b"connection: close" in head
+        assert json.loads(body)["error"].startswith("the rest of the request did not come: 0.5 s without a byte")
+    assert site.search(text="still there").status == 200
+
+
+@pytest.mark.parametrize("length", [500, UPLOAD_BYTES + 1])
+def test_a_sender_that_goes_away_leaves_no_trace(site: Site, length: int, caplog: pytest.LogCaptureFixture) -> None:
+    head = UPLOAD.replace(b"500", b"%d" % length)
+    with socket.create_connection(("127.0.0.1", site.port)) as there:
+        there.sendall(head + b"\r\nabc")
+        time.sleep(0.2)
+    time.sleep(0.3)
+    assert site.search(text="still there").status == 200
+    assert not caplog.records
+
+
+def test_headers_that_do_not_come_are_not_waited_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEADERS_S", 0.5)
+    assert slow(site, pause=0) == b"", "a connection that never asks"
+    assert slow(site, UPLOAD, pause=0) == b""
+    began = time.monotonic()
+    assert slow(site, *[b"GET"] * 1000, pause=0.01) == b"" and time.monotonic() - began < 8
+    again = slow(site, b"GET /about HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /", pause=0.3)
+    assert again.startswith(b"HTTP/1.1 200") and again.count(b"HTTP/1.1") == 1
+
+
+def test_an_answer_that_is_not_taken_is_dropped(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "TAKEN_S", 0.5)
+    ask = b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", site.port), timeout=30) as there:
+        there.settimeout(5)
+        with pytest.raises(ConnectionError):
+            for _ in range(100_000):
+                there.sendall(ask)
+    assert site.search(text="still there").status == 200
+
+
+def test_too_many_at_once_are_told_so(site: Site) -> None:
+    crowd = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(module.MOST_CONNECTIONS)]
+    try:
+        assert site.ask("GET", "/about").status == 503
+    finally:
+        for one in crowd:
+            one.close()
+    deadline = time.monotonic() + 20
+    while site.ask("GET", "/about").status == 503 and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert site.search(text="still there").status == 200
 
 

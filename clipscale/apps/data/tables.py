@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from clipscale.data.folders import files_below
 from clipscale.data.table import CAPTION_NAMES, IMAGE_NAMES, find_column, records
 from clipscale.errors import ConfigError, DataError
 
@@ -220,21 +220,13 @@ def _json(path: Path, rows: Rows) -> tuple[str | None, str | None]:
 def _folder(folder: Path, rows: Rows) -> str | None:
     """Read the images of a folder, with the ``.txt`` and ``.json`` beside them; returns the captions' column."""
     has_text = False
-    for name in sorted(_pictures(folder)):
+    for name in sorted(name for name, _ in files_below(folder) if name.lower().endswith(PICTURES)):
         row, text = _beside(folder / name)
         has_text |= text
         rows.append({"filepath": name, **row})
     if not len(rows):
         raise DataError(f"{folder} holds no images ({', '.join(PICTURES)}), no table and no shards")
     return "captions" if has_text else None
-
-
-def _pictures(folder: Path) -> Iterator[str]:
-    for place, directories, names in os.walk(folder):
-        directories[:] = [name for name in directories if not name.startswith((".", "__MACOSX"))]
-        for name in names:
-            if name.lower().endswith(PICTURES) and not name.startswith("."):
-                yield Path(place, name).relative_to(folder).as_posix()
 
 
 def _beside(image: Path) -> tuple[dict[str, Any], bool]:

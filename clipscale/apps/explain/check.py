@@ -51,9 +51,9 @@ def check(where: str, dataset: str, options: Options, out: Path | None, device: 
     if out is not None and out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out}: the picture is a .png")
     context = ask(where, device)
-    items = _items(context, dataset, options)
+    items, unusable = _items(context, dataset, options)
     found = measure(context, items, options)
-    result = summary(found, options)
+    result = summary(found, options) | {"unusable": unusable}
     if out is not None:
         from clipscale.apps.explain.curves_picture import draw
 
@@ -65,8 +65,8 @@ def check(where: str, dataset: str, options: Options, out: Path | None, device: 
     return result
 
 
-def _items(context: EvalContext, dataset: str, options: Options) -> list[EvalItem]:
-    """Usable samples, evenly over the data."""
+def _items(context: EvalContext, dataset: str, options: Options) -> tuple[list[EvalItem], int]:
+    """Usable samples, evenly over the data, and how many of those that were chosen are not."""
     captions = partial(find_captions, caption_key=options.caption_key)
     data = EvalSet(open_collection(dataset), IMAGE_KEYS, context.model.config.vision, MOST_PIXELS, [captions])
     count = min(options.images, len(data))
@@ -75,7 +75,7 @@ def _items(context: EvalContext, dataset: str, options: Options) -> list[EvalIte
     items = [item for item in read if isinstance(item, EvalItem)]
     if len(items) < 2:
         raise DataError(f"{dataset}: none or one of {len(read)} samples can be used; check --caption-key")
-    return items
+    return items, len(read) - len(items)
 
 
 def measure(context: EvalContext, items: list[EvalItem], options: Options) -> dict[str, Curves]:
@@ -154,9 +154,10 @@ def _with_interval(values: torch.Tensor) -> dict[str, float]:
 def _print(result: dict[str, Any], out: Path | None) -> None:
     console = rich.console.Console(highlight=False, emoji=False)
     what = "caption against the others'" if result["contrast"] else "cosine similarity"
+    left_out = f" ({result['unusable']} could not be used)" if result["unusable"] else ""
     console.print(
-        f"{result['images']} images, {what} {result['score']:.4f}, {result['score_without_image']:.4f} without the "
-        f"image ({result['fill']}); mean height of the curve, with 95 % intervals",
+        f"{result['images']} images{left_out}, {what} {result['score']:.4f}, {result['score_without_image']:.4f} "
+        f"without the image ({result['fill']}); mean height of the curve, with 95 % intervals",
         soft_wrap=True,
     )
     table = Table(box=None, padding=(0, 2, 0, 0))

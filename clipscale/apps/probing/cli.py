@@ -19,7 +19,9 @@ ClassFile = Annotated[
     Path | None,
     typer.Option(help="Class names, where the data do not tell: a text, one a line, or JSON with classnames."),
 ]
-LabelKey = Annotated[str | None, typer.Option(help="Where class numbers stand; else cls, or json:label.")]
+LabelKey = Annotated[
+    str | None, typer.Option(help="Where labels stand: a member, json:FIELD or a column; else cls, json:label.")
+]
 
 
 @probing_app.command("probe")

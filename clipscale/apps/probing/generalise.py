@@ -20,8 +20,16 @@ from clipscale.apps.asking import ask
 from clipscale.apps.data.jobs import whole_text
 from clipscale.apps.probing.contact import KINDS, Contact, contacts, digest, perceived
 from clipscale.apps.probing.generalise_page import page
-from clipscale.apps.probing.sets import check_labels, class_names, explaining, images_of, labels_at, watched
-from clipscale.data.collections import Collection, listed_captions, open_collection
+from clipscale.apps.probing.sets import (
+    check_labels,
+    class_names,
+    explaining,
+    images_of,
+    labels_at,
+    open_labelled,
+    watched,
+)
+from clipscale.data.collections import Collection, listed_captions
 from clipscale.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from clipscale.data.evalset import Changed, EvalItem, EvalSet
 from clipscale.data.order import permutation
@@ -81,7 +89,7 @@ def generalise(
         raise ConfigError(f"--most {options.most}: damage one image or more")
     context = ask(where, device, batch_size)
     named = {"train": train, "held out": held_out} | dict(one.split("=", 1) for one in options.shifted)
-    opened = {name: open_collection(place, split=_split(name)) for name, place in named.items()}
+    opened = {name: open_labelled(place, _split(name), options.label_key) for name, place in named.items()}
     question = Question(context, class_names(options.classes, *opened.values()))
     sets = {name: _read(question, collection, options, name) for name, collection in opened.items()}
     measured = {name: question.measure(one.features, one.items) for name, one in sets.items() if name != "train"}
@@ -116,7 +124,7 @@ def _texts(sample: Member, key: str) -> list[str]:
 def _read(question: Question, collection: Collection, options: Options, name: str) -> _Set:
     answer: Callable[[Member], Any] = partial(_texts, key=options.text_key)
     if question.classes is not None:
-        answer = labels_at(options.label_key)
+        answer = labels_at(options.label_key, collection)
     if not rank():
         for shard, damage in collection.about.damaged.items():
             print(f"warning: shard {shard} {damage}", file=sys.stderr)

@@ -16,8 +16,16 @@ from rich.progress import track
 
 from clipscale.apps.asking import ask
 from clipscale.apps.probing.few_shot_plot import plot_few_shot
-from clipscale.apps.probing.sets import check_labels, class_names, explaining, images_of, labels_at, watched
-from clipscale.data.collections import Collection, open_collection
+from clipscale.apps.probing.sets import (
+    check_labels,
+    class_names,
+    explaining,
+    images_of,
+    labels_at,
+    open_labelled,
+    watched,
+)
+from clipscale.data.collections import Collection
 from clipscale.distributed.collectives import rank
 from clipscale.errors import ConfigError
 from clipscale.evals import EvalContext
@@ -76,9 +84,10 @@ def probe(
         raise ConfigError("--plot shows the few-shot curve; say how many shots: --shots 1,2,4,8,16")
     context = ask(where, device, batch_size)
     places = {"train": train, "test": test} | ({"val": options.val} if options.val else {})
-    opened = {name: open_collection(place, split=_SPLITS[name]) for name, place in places.items()}
+    opened = {name: open_labelled(place, _SPLITS[name], options.label_key) for name, place in places.items()}
     classes = class_names(options.classes, *opened.values())
-    parts = {name: _features(context, collection, options, name) for name, collection in opened.items()}
+    encoded = {name: _features(context, collection, options, name) for name, collection in opened.items()}
+    parts = {name: part for name, (part, _) in encoded.items()}
     known = max(int(part.labels.max()) for part in parts.values()) + 1
     names = classes.names if classes is not None else [str(label) for label in range(known)]
     for name, part in parts.items():
@@ -86,24 +95,25 @@ def probe(
     zeroshot = None if classes is None else _zeroshot(context, opened["test"], classes, options)
     if rank():
         return {}
-    found = _measure(parts, names, zeroshot, options)
+    found = _measure(parts, names, zeroshot, options) | {"unusable": {name: bad for name, (_, bad) in encoded.items()}}
     if options.plot is not None:
         plot_few_shot(options.plot, found["few_shot"], found.get("zeroshot"), found["linear_probe"])
     print(json.dumps(found)) if as_json else _print(where, found)
     return found
 
 
-def _features(context: EvalContext, collection: Collection, options: Options, name: str) -> Labelled:
+def _features(context: EvalContext, collection: Collection, options: Options, name: str) -> tuple[Labelled, int]:
+    """What was encoded of a set, and how many samples could not be used."""
     for shard, damage in ({} if rank() else collection.about.damaged).items():
         print(f"warning: shard {shard} {damage}", file=sys.stderr)
-    images = images_of(collection, context.model, labels_at(options.label_key))
+    images = images_of(collection, context.model, labels_at(options.label_key, collection))
     with explaining(name, "--label-key"), watched(context, name) as shown:
-        features, items, _ = shown.encode_images(images, projected=options.embedding)
-    return Labelled(features, torch.tensor([item.fields[0] for item in items]))
+        features, items, bad = shown.encode_images(images, projected=options.embedding)
+    return Labelled(features, torch.tensor([item.fields[0] for item in items])), len(bad)
 
 
 def _zeroshot(context: EvalContext, test: Collection, classes: Classes, options: Options) -> Score:
-    image, items, _ = context.encode_images(images_of(test, context.model, labels_at(options.label_key)))
+    image, items, _ = context.encode_images(images_of(test, context.model, labels_at(options.label_key, test)))
     return Score.of(image @ classes.embed(context).T, torch.tensor([item.fields[0] for item in items]))
 
 
@@ -148,6 +158,8 @@ def _print(where: str, found: dict[str, Any]) -> None:
         f"{where}: {found['train_images']:,} training and {found['test_images']:,} test images, {found['classes']} "
         f"classes, {found['dimensions']} features {found['features']}"
     )
+    if bad := ", ".join(f"{count:,} of {name}" for name, count in found["unusable"].items() if count):
+        title += f"; could not be used: {bad}"
     table = rich.table.Table("", "top 1", "95 % interval", "per class", "", title=title)
     for column in table.columns[1:4]:
         column.justify = "right"

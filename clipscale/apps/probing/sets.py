@@ -14,9 +14,10 @@ from rich.progress import Progress
 
 from clipscale.apps.evaluation.tasks import read_class_file
 from clipscale.config.data import Data
-from clipscale.data.collections import IMAGE_KEYS, Collection
+from clipscale.data.collections import IMAGE_KEYS, Collection, Table, open_collection
 from clipscale.data.evalset import EvalSet
 from clipscale.data.samples import Member, find_label
+from clipscale.data.table import is_table
 from clipscale.distributed.collectives import rank
 from clipscale.errors import DataError
 from clipscale.evals import Classes, EvalContext
@@ -31,9 +32,16 @@ def images_of(collection: Collection, model: CLIP, *fields: Callable[[Member], A
     return EvalSet(collection, IMAGE_KEYS, model.config.vision, Data().max_pixels, fields)
 
 
-def labels_at(key: str | None) -> Callable[[Member], int]:
+def open_labelled(where: str, split: str, label_key: str | None) -> Collection:
+    """A collection; of a table, ``label_key`` may name the column of labels."""
+    column = label_key if is_table(where) and not (label_key or "").startswith("json:") else None
+    return open_collection(where, split=split, label_column=column)
+
+
+def labels_at(key: str | None, collection: Collection) -> Callable[[Member], int]:
     """What finds the class index of a sample at ``key``, or where it usually is; raises BadSample without one."""
-    return partial(_label, key=key)
+    by_column = isinstance(collection, Table) and not (key or "").startswith("json:")
+    return partial(_label, key=None if by_column else key)
 
 
 def _label(sample: Member, key: str | None) -> int:

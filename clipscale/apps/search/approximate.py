@@ -69,9 +69,10 @@ def remove(directory: Path) -> None:
 
 
 def build_index(vectors: Vectors, kind: str) -> Settings:
-    """Build an index in the vectors' directory, the same each time, and measure its recall.
+    """Build an index in the vectors' directory, and measure its recall.
 
-    Raises ConfigError without faiss.
+    The same each time on the same kind of machine, on however many threads: faiss builds graphs so since 1.15; before,
+    they depended on which thread came first. Raises ConfigError without faiss.
     """
     faiss = require_faiss()
     count, dim = len(vectors), vectors.made.dim

@@ -22,7 +22,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
+from clipscale.apps.search.connection import Connection
 from clipscale.apps.search.index import Filter, Hit, SearchIndex, to_picture
 from clipscale.data.samples import BadSample
 from clipscale.errors import ClipscaleError, ConfigError
@@ -32,6 +34,8 @@ MOST_RESULTS, MOST_LETTERS, MOST_TEXTS = 200, 2000, 64
 JSON_BYTES = 1 << 20
 UPLOAD_BYTES = 20 << 20
 UPLOAD_PIXELS = 50_000_000
+STALLED_S, BODY_S = 10.0, 120.0  # longest wait for more of a body, and for all of it
+MOST_CONNECTIONS, KEPT_OPEN_S = 100, 5  # at a time; how long one is kept after an answer
 DRAINED, LINGER_S = 64 << 20, 1.0  # bytes, and for how long, that are still taken of what is refused
 THUMBNAIL, WHOLE = 320, 1280  # longer sides in pixels
 KEPT = 2000  # thumbnails that are kept, some 30 MB
@@ -310,26 +314,37 @@ async def _json(request: Request) -> Any:
 
 
 async def _read(request: Request, most: int) -> bytes:
-    """The body, refused as soon as it is known to be too large."""
+    """The body, refused as soon as it is known to be too large, or does not come."""
     refusal = HTTPException(413, f"more than {most >> 20} MB; send less", {"Connection": "close"})
     told = request.headers.get("content-length", "0")
     if not told.isdecimal() or int(told) > most:
         await _drain(request)
         raise refusal
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            await _drain(request)
-            raise refusal
-        parts.append(part)
+    parts, size, now = [], 0, asyncio.get_running_loop().time
+    end = now() + BODY_S
+    try:
+        async with asyncio.timeout(STALLED_S) as limit:
+            async for part in request.stream():
+                limit.reschedule(min(now() + STALLED_S, end))
+                size += len(part)
+                if size > most:
+                    break
+                parts.append(part)
+    except TimeoutError:
+        told = f"the rest of the request did not come: {STALLED_S:g} s without a byte, or {BODY_S:g} s in all, end it"
+        raise HTTPException(408, told, {"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the sender is gone") from None
+    if size > most:
+        await _drain(request)
+        raise refusal
     return b"".join(parts)
 
 
 async def _drain(request: Request) -> None:
     """Read on for a moment what is refused: most senders read why only once they have sent it."""
     left = DRAINED
-    with suppress(TimeoutError):
+    with suppress(TimeoutError, ClientDisconnect):
         async with asyncio.timeout(LINGER_S):
             async for part in request.stream():
                 left -= len(part)
@@ -357,10 +372,19 @@ def serve(index: SearchIndex, host: str, port: int, names: Sequence[str]) -> Non
                   file=sys.stderr)  # fmt: skip
         shown = f"[{host}]" if ":" in host else host
         print(f"{len(index.vectors):,} images at http://{shown}:{there.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, server_header=False)
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[there])
+            make_server(app).run(sockets=[there])
     print("ended")
+
+
+def make_server(app: FastAPI) -> uvicorn.Server:
+    """What runs the application; nobody holds it by being slow, or by being many."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app, http=Connection, log_level="warning", timeout_graceful_shutdown=2, server_header=False,
+            limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=KEPT_OPEN_S,
+        )
+    )  # fmt: skip
 
 
 def _is_local(host: str) -> bool:
