@@ -3,7 +3,7 @@
     python benchmarks/tracking.py [--steps 300] [--rounds 3]
 
 Runs of the demo's model in turns, every step a row. The server is one of this machine that answers as W&B's does; in
-the middle of a run it is killed (``dies``) or stopped (``hangs``). Seconds of a step are those of ``train/step_s`` after
+the middle of a run it is killed (``dies``) or stopped (``hangs``). Of a step it counts ``train/step_s`` of those after
 the middle; ``end`` is what lies between the last step and the end of the process.
 """
 
