@@ -27,10 +27,14 @@ def class_recalls(labels: NDArray[np.int64], hits: Floats, weight: Floats, count
 
 
 def macro_f1(labels: NDArray[np.int64], answers: NDArray[np.int64], weight: Floats, count: int) -> float:
-    """Mean over the classes that occur, as label or answer, of 2 TP / (labels + answers)."""
-    there = np.bincount(labels, weight, minlength=count) + np.bincount(answers, weight, minlength=count)
+    """Mean over the classes that occur as a label of 2 TP / (labels + answers), as of WILDS (Koh et al. 2021).
+
+    A class that is only ever an answer takes from the scores of those it was taken for, and has none of its own.
+    """
+    of_class = np.bincount(labels, weight, minlength=count)
+    there = of_class + np.bincount(answers, weight, minlength=count)
     right = np.bincount(labels, weight * (labels == answers), minlength=count)
-    seen = there > 0
+    seen = of_class > 0
     return float((2 * right[seen] / there[seen]).mean()) if seen.any() else float("nan")
 
 

@@ -30,7 +30,9 @@ def test_of_classes(random: np.random.Generator, weighted: bool) -> None:
     balanced = metrics.balanced_accuracy_score(labels, answers, sample_weight=weight)
     assert np.nanmean(recalls) == pytest.approx(balanced) and np.isnan(recalls[-2:]).all()
     there = weight > 0
-    f1 = metrics.f1_score(labels[there], answers[there], sample_weight=weight[there], average="macro")
+    f1 = metrics.f1_score(
+        labels[there], answers[there], sample_weight=weight[there], average="macro", labels=np.unique(labels[there])
+    )  # as WILDS calls it
     assert macro_f1(labels, answers, weight, classes) == pytest.approx(f1)
 
 
