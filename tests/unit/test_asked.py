@@ -127,6 +127,15 @@ def test_rows_of_one_image_are_one(context: EvalContext, sets: Path) -> None:
     assert outcome.sizes == {"images": 20, "texts": len(rows)}
 
 
+def test_names_of_a_table_are_those_of_a_file_in_any_order(context: EvalContext, sets: Path, tmp_path: Path) -> None:
+    rows = [f"{sets}/{n}.jpg,{asked.names()[asked.label(n)]}" for n in range(asked.COUNT)]
+    (tmp_path / "set.csv").write_text("\n".join(["image,label", *rows]))
+    (tmp_path / "classes.txt").write_text("\n".join(reversed(["something else", *asked.names()])))
+    outcome = run_task(Task(f"{tmp_path}/set.csv", classes=f"{tmp_path}/classes.txt"), context).outcome
+    found = [outcome.names[label] for label in outcome.arrays["label"]]
+    assert found == [asked.names()[asked.label(n)] for n in range(asked.COUNT)] and len(outcome.names) == asked.CLASSES + 1
+
+
 def test_labels_are_scikit_learns(peer: Any, context: EvalContext, tasks: list[Task], tmp_path: Path) -> None:
     (tmp_path / "no.txt").write_text("a photo without {}\n")
     task = Task(tasks[2].path, "labels", labels=asked.LABELS, templates="name", negatives=str(tmp_path / "no.txt"))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from clipscale.config.data import Data
 from clipscale.data.collections import CLIP_FIELD, IMAGE_KEYS, Collection, listed_captions, open_collection
 from clipscale.data.evalset import EvalSet
+from clipscale.data.labels import places_among
 from clipscale.data.samples import BadSample, Member, find_captions, find_field, find_label
 from clipscale.data.table import is_table
 from clipscale.errors import ConfigError, DataError
@@ -114,7 +115,7 @@ def _open(task: Task) -> Collection:
         columns = {
             "image_column": task.image_column or None,
             "caption_columns": [column for column in task.caption_key.split(",") if column],
-            "label_column": None if task.labels or task.label_key.startswith("json:") else task.label_key or None,
+            "label_column": None if task.labels else task.label_key.removeprefix("json:") or None,
             "one_per_image": task.kind == "retrieval",
         }
     return open_collection(task.path, split=task.split, clips=task.clips, **columns)
@@ -142,10 +143,13 @@ def _evalset(task: Task, samples: Collection, context: EvalContext, *asked: Call
     return EvalSet(samples, IMAGE_KEYS, context.model.config.vision, Data().max_pixels, asked)
 
 
-def _label(task: Task) -> Callable[[Member], int]:
+def _label(task: Task, places: Sequence[int] | None) -> Callable[[Member], int]:
+    """The class of a sample; ``places`` holds those of the data's own numbers among the names of --classes."""
+
     def find(sample: Member) -> int:
         if "cls" in sample.members and (not task.label_key or is_table(task.path)):
-            return find_label(sample, "cls")
+            number = find_label(sample, "cls")
+            return number if places is None else places[number]
         return find_label(sample, task.label_key or "json:label")
 
     return find
@@ -219,8 +223,9 @@ def _mark(value: Any) -> float:
 
 
 def _ask_classes(task: Task, samples: Collection, context: EvalContext) -> tuple[Outcome, int]:
-    told = _told(task, samples)
-    images = _evalset(task, samples, context, _label(task), _group(task))
+    told, own = _told(task, samples), samples.about
+    places = places_among(told.names, own.classes, task.classes) if own.by_name and task.classes else None
+    images = _evalset(task, samples, context, _label(task, places), _group(task))
     return ask_classes(context, images, told.names, told.templates, task.clips)
 
 
