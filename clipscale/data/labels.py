@@ -28,8 +28,8 @@ def numbered(values: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
 def places_among(listed: Sequence[str], own: Sequence[str], where: str) -> list[int]:
     """The place among ``listed``, of the file ``where``, of each of the names that a data set calls its classes by.
 
-    They are found by name, whatever the case and the underscores. Where the file has other names for as many classes (as
-    for folders that are called by codes), its order is theirs. Raises ConfigError where it is neither.
+    They are found by name, whatever the case and the underscores. Where the file has other names for as many classes
+    (as for folders that are called by codes), its order is theirs. Raises ConfigError where it is neither.
     """
     by_name = {_plain(name): place for place, name in reversed(list(enumerate(listed)))}
     found = [by_name.get(_plain(name)) for name in own]
@@ -40,8 +40,8 @@ def places_among(listed: Sequence[str], own: Sequence[str], where: str) -> list[
         return list(range(len(own)))
     missing = own[found.index(None)]
     raise ConfigError(
-        f"--classes {where}: {missing!r}, one of the {len(own)} classes of the data, is none of its {len(listed)} names; "
-        "the file needs all of them, or other names for as many, in the alphabetical order of those of the data"
+        f"--classes {where}: {missing!r}, one of the {len(own)} classes of the data, is none of its {len(listed)} "
+        "names; the file needs all of them, or other names for as many, in the alphabetical order of those of the data"
     )
 
 

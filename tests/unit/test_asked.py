@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -26,7 +27,7 @@ from clipscale.evals.prompts import template_sets, templates
 from tests import asked
 from tests.peers import small
 from tests.pool import Pool
-from tests.shards import jpeg
+from tests.shards import jpeg, write_shard
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
 
@@ -133,7 +134,9 @@ def test_names_of_a_table_are_those_of_a_file_in_any_order(context: EvalContext,
     (tmp_path / "classes.txt").write_text("\n".join(reversed(["something else", *asked.names()])))
     outcome = run_task(Task(f"{tmp_path}/set.csv", classes=f"{tmp_path}/classes.txt"), context).outcome
     found = [outcome.names[label] for label in outcome.arrays["label"]]
-    assert found == [asked.names()[asked.label(n)] for n in range(asked.COUNT)] and len(outcome.names) == asked.CLASSES + 1
+    assert (
+        found == [asked.names()[asked.label(n)] for n in range(asked.COUNT)] and len(outcome.names) == asked.CLASSES + 1
+    )
 
 
 def test_labels_are_scikit_learns(peer: Any, context: EvalContext, tasks: list[Task], tmp_path: Path) -> None:
@@ -150,6 +153,49 @@ def test_labels_are_scikit_learns(peer: Any, context: EvalContext, tasks: list[T
         one, other = truth[known, place], scores[known, place].numpy()
         assert found[f"auroc/{name}"] == pytest.approx(metrics.roc_auc_score(one, other))
         assert found[f"ap/{name}"] == pytest.approx(metrics.average_precision_score(one, other))
+
+
+def test_labels_are_those_asked_for_beside_a_column_of_classes(context: EvalContext, sets: Path) -> None:
+    """A table may have both; the column of classes has as many names as there are labels, which are not theirs."""
+    rows = (sets / "labels.csv").read_text().splitlines()
+    classed = [f"{row},{asked.WORDS[n % 3]}" for n, row in enumerate(rows[1:])]
+    (sets / "both.csv").write_text("\n".join([f"{rows[0]},class", *classed]))
+    found = run_task(Task(f"{sets}/both.csv", labels=asked.LABELS), context).outcome
+    alone = run_task(Task(f"{sets}/labels.csv", labels=asked.LABELS), context).outcome
+    assert found.names == asked.LABELS
+    np.testing.assert_array_equal(found.arrays["score"], alone.arrays["score"])
+
+
+def test_listed_labels(model: str, sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "classes.txt").write_text("red\nold\n")
+    rows = ["image,tags", "0.jpg,red|old", "1.jpg,Red", "2.jpg,", "3.jpg,old | 7", "gone.jpg,red"]
+    (sets / "tags.csv").write_text("\n".join(rows))
+    task = Task(f"{sets}/tags.csv", kind="multilabel", label_key="tags", classes=f"{tmp_path}/classes.txt")
+    evaluate_tasks(model, [task], device="cpu", resamples=2, out=tmp_path / "out")
+    label = read_results(tmp_path / "out").outcomes["tags.csv"].arrays["label"]
+    assert label.tolist() == [[1, 1], [0, 0], [0, 0], [0, 1]]
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: tags.csv: samples that could not be used: missing_image (1)",
+        "warning: tags.csv: labels of the data that are none of the classes do not count: Red (1), 7 (1)",
+    ]
+    with pytest.raises(ConfigError, match="does not name its classes"):
+        run_task(Task(f"{sets}/tags.csv", kind="multilabel", label_key="tags"), ask(model, "cpu"))
+
+
+def test_numbers_of_an_array_are_yes_no_or_unknown(context: EvalContext, tmp_path: Path) -> None:
+    split = tmp_path / "set" / "test"
+    split.mkdir(parents=True)
+    samples = []
+    for number, row in enumerate([[1, 0], [-1, 1], [0, np.nan], [2, 0]]):
+        stored = io.BytesIO()
+        np.save(stored, np.array(row))
+        samples.append((f"{number}", {"jpg": jpeg(number, asked.SIDE), "npy": stored.getvalue()}))
+    write_shard(split / "0.tar", samples)
+    (split / "nshards.txt").write_text("1")
+    (tmp_path / "set" / "classnames.txt").write_text("red\nold\n")
+    answer = run_task(Task(f"{tmp_path}/set"), context)
+    np.testing.assert_array_equal(answer.outcome.arrays["label"], [[1, 0], [np.nan, 1], [0, np.nan]])
+    assert answer.asked.bad == {"label_is_no_yes_or_no": 1}
 
 
 def test_frames_of_a_clip_are_averaged(peer: Any, context: EvalContext, tasks: list[Task]) -> None:
@@ -242,6 +288,7 @@ def test_the_command(model: str, sets: Path, capsys: pytest.CaptureFixture[str])
         (Task("{sets}/benchmark", kind="zeroshot", templates="two.txt"), DataError, "needs one {}"),
         (Task("{sets}/benchmark", kind="retrieval"), DataError, "no_caption"),
         (Task("{sets}/labels.csv", labels=("red", "odd")), DataError, "no_odd"),
+        (Task("{sets}/labels.csv", labels=("red",), classes="two.txt"), ConfigError, "has 2 names for 1 --labels"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_line(

@@ -135,7 +135,9 @@ def test_numbers_are_labels_as_they_are(tmp_path: Path) -> None:
 def test_numbers_with_a_point_are_labels_too(tmp_path: Path) -> None:
     """As pandas writes a column of whole numbers that has gaps: as names, 10.0 would come before 2.0."""
     fill(tmp_path, "0.jpg")
-    (tmp_path / "set.csv").write_text("image,label\n" + "".join(f"0.jpg,{n}\n" for n in ("10.0", "2.0", "", "nan", "-1")))
+    (tmp_path / "set.csv").write_text(
+        "image,label\n" + "".join(f"0.jpg,{n}\n" for n in ("10.0", "2.0", "", "nan", "-1"))
+    )
     found = open_collection(str(tmp_path / "set.csv"))
     assert [one.members.get("cls") for one in found.read(0, 9)] == [b"10", b"2", None, None, None]
     assert found.about.classes == () and not found.about.by_name

@@ -52,8 +52,8 @@ def evaluate_tasks(
         return {}
     content = summarise(where, answers, resamples)
     for answer in answers:
-        for shard, damage in answer.damaged.items():
-            print(f"warning: {answer.task.shown}: shard {shard} {damage}", file=sys.stderr)
+        for warning in answer.warnings:
+            print(f"warning: {answer.task.shown}: {warning}", file=sys.stderr)
     if out is not None:
         write_results(out, content, answers)
         for answer in answers:
