@@ -47,12 +47,15 @@ def calibration_error(confidence: Floats, hits: Floats, weight: Floats, bins: in
 
 
 class Ranked:
-    """Scores Float[N] and labels 0 or 1 of one yes-or-no question, sorted once, for many weights."""
+    """Scores Float[N] and labels 0 or 1 of one yes-or-no question, sorted once, for many weights.
+
+    Scores that are no numbers have no order: with one of them, what is asked for is NaN.
+    """
 
     def __init__(self, scores: Floats, labels: Floats) -> None:
         self._order = np.argsort(-scores, kind="stable")
         in_order = scores[self._order]
-        self._yes = labels[self._order]
+        self._yes = labels[self._order] if not np.isnan(scores).any() else np.full(len(scores), np.nan)
         # Equal scores are one threshold.
         self._ends = np.append(np.flatnonzero(np.diff(in_order)), len(scores) - 1) if len(scores) else np.arange(0)
 

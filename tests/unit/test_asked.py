@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from sklearn import metrics
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from clipscale.apps.asking import ask
-from clipscale.apps.evaluation.results import AGGREGATE, compare, read_results
+from clipscale.apps.evaluation.results import AGGREGATE, Results, compare, read_results, summarise, write_results
 from clipscale.apps.evaluation.run import evaluate_tasks, show_results
-from clipscale.apps.evaluation.tasks import Task, read_suite, run_task, shipped_suites
+from clipscale.apps.evaluation.tasks import Answer, Task, read_suite, run_task, shipped_suites
 from clipscale.cli import app
 from clipscale.errors import ClipscaleError, ConfigError, DataError
 from clipscale.evals import EvalContext
+from clipscale.evals.asked import Asked
+from clipscale.evals.outcomes import Labelled, digest
 from clipscale.evals.prompts import template_sets, templates
 from tests import asked
 from tests.peers import small
@@ -267,6 +270,42 @@ def test_other_queries_are_not_compared(model: str, sets: Path, tmp_path: Path) 
         read_results(sets)
 
 
+def results(name: str, label: list[float], score: float, keys: str = "k", metric: str = "map") -> Results:
+    """Two data sets of yes-or-no questions; of ``b`` no one is known."""
+    found = {
+        "a": Labelled({"score": np.array([[score], [0.5], [0.1]]), "label": np.array(label)[:, None]}, ("x",), keys),
+        "b": Labelled({"score": np.zeros((3, 1)), "label": np.full((3, 1), np.nan)}, ("x",), "k"),
+    }
+    return Results(name, {"tasks": [{"name": one, "metric": metric, "kind": "multilabel"} for one in found]}, found)
+
+
+def test_only_what_was_asked_the_same_is_compared() -> None:
+    """The same keys with other labels are other data; a data set without a score is in no mean."""
+    one, other = results("one", [1, 0, float("nan")], 0.0), results("two", [1, 0, float("nan")], 0.9)
+    found = {difference.task: difference for difference in compare(one, other, 20)}
+    assert found["a"].change == found[AGGREGATE].change == 0.5 and found[AGGREGATE].second == 1
+    assert json.loads(json.dumps(found["b"].plain, allow_nan=False))["change"] is None
+    for wrong in (results("w", [0, 1, float("nan")], 0.9), results("w", [1, 0, float("nan")], 0.9, "l")):
+        with pytest.raises(ConfigError, match="not asked the same queries"):
+            compare(one, wrong, 5)
+    with pytest.raises(ConfigError, match="two has no ap/y; it has map, auroc, ap/x"):
+        compare(results("one", [1, 0, float("nan")], 0.0, metric="ap/y"), other, 5)
+
+
+def test_the_mean_says_of_how_many(tmp_path: Path) -> None:
+    stored = results("one", [1, 0, float("nan")], 0.9).outcomes
+    answers = [Answer(Task(name, kind="multilabel"), Asked(outcome, Counter())) for name, outcome in stored.items()]
+    content = summarise("m", answers, 10)
+    assert content[AGGREGATE]["score"] == 1 and content[AGGREGATE]["tasks"] == 1
+    write_results(tmp_path, content, answers)
+    assert read_results(tmp_path).outcomes.keys() == {"a", "b"}
+    stored_bytes = (tmp_path / "outcomes.npz").read_bytes()
+    for cut in (0, len(stored_bytes) // 2):
+        (tmp_path / "outcomes.npz").write_bytes(stored_bytes[:cut])
+        with pytest.raises(ConfigError, match="holds no results of clipscale eval"):
+            read_results(tmp_path)
+
+
 def test_the_command(model: str, sets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     app(["eval", model, f"{sets}/pairs.tar", "--device", "cpu", "--resamples", "5", "--json"], standalone_mode=False)
     (one,) = json.loads(capsys.readouterr().out)["tasks"]
@@ -357,6 +396,10 @@ def test_the_page_runs(
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(code, {})
     assert capsys.readouterr().out.splitlines()[-1].count(" ") == 2
+
+
+def test_names_of_files_that_are_no_text_have_a_digest() -> None:
+    assert digest(["caf\udce9.jpg"]) != digest(["caf.jpg"])
 
 
 def test_prompts_are_those_of_the_paper(tmp_path: Path) -> None:

@@ -54,6 +54,11 @@ def test_of_one_kind_alone_there_is_none() -> None:
     assert np.isnan(Ranked(np.arange(3.0), np.zeros(3)).average_precision(np.ones(3)))
 
 
+def test_of_scores_that_are_no_numbers_there_is_none() -> None:
+    ranked = Ranked(np.array([np.nan, 0.1, 0.2]), np.array([1.0, 0.0, 1.0]))
+    assert np.isnan(ranked.auroc(np.ones(3))) and np.isnan(ranked.average_precision(np.ones(3)))
+
+
 def test_calibration_by_its_definition(random: np.random.Generator) -> None:
     confidence, hits = random.random(500), random.integers(0, 2, 500).astype(float)
     expected = 0.0

@@ -115,8 +115,11 @@ def show_results(
             console.print(overview(results, f"results, {LEVEL:.0%} intervals"))
         return
     found = compare(results[0], results[1], resamples)
+    for one, other in (results, reversed(results)):
+        if alone := [name for name in one.tasks if name not in other.tasks]:
+            print(f"warning: only {one.name} has {', '.join(alone)}; left out", file=sys.stderr)
     if as_json:
-        print(json.dumps([vars(one) | {"change": one.change, "is_clear": one.is_clear} for one in found]))
+        print(json.dumps([one.plain for one in found]))
     else:
         console.print(differences(found, results[0].name, results[1].name, LEVEL))
 
