@@ -326,6 +326,9 @@ def test_the_command(model: str, sets: Path, capsys: pytest.CaptureFixture[str])
         (Task("{sets}/benchmark", kind="zeroshot", templates="ten"), ConfigError, "no set: choose from simple"),
         (Task("{sets}/benchmark", kind="zeroshot", templates="two.txt"), DataError, "needs one {}"),
         (Task("{sets}/benchmark", kind="retrieval"), DataError, "no_caption"),
+        (Task("{sets}/benchmark", kind="zeroshot", group_key="npy:2"), DataError, "no_npy:2"),
+        (Task("{sets}/benchmark", kind="zeroshot", group_key="npy:x"), ConfigError, "takes the number of a column"),
+        (Task("{sets}/pairs.tar", clips=True), ConfigError, "--clips is for folders of frames"),
         (Task("{sets}/labels.csv", labels=("red", "odd")), DataError, "no_odd"),
         (Task("{sets}/labels.csv", labels=("red",), classes="two.txt"), ConfigError, "has 2 names for 1 --labels"),
     ],
@@ -352,9 +355,14 @@ def test_suites(tmp_path: Path) -> None:
     assert one == Task(f"{tmp_path}/a", "A", labels=("x", "1"), templates=f"{tmp_path}/own.txt")
     assert other == Task("s3://b/c", metric="top5", clips=True) and other.shown == "c"
     assert read_suite(str(tmp_path / "own.yaml"), "/d")[0].path == "/d/a"
+    (tmp_path / "lax.yaml").write_text(
+        "tasks: [{path: '0.tar::/d/1.tar', labels: 'x, y', kind: }, {path: a, labels: }]"
+    )
+    one, other = read_suite(str(tmp_path / "lax.yaml"), None)
+    assert one == Task(f"{tmp_path}/0.tar::/d/1.tar", labels=("x", "y")) and other == Task(f"{tmp_path}/a")
     for text, message in {
-        "tasks: 3": "needs a list tasks", "- 1": "needs a list tasks", "tasks: [{path: a, nam: b}]": "no key 'nam'",
-        "tasks: [{": "while parsing",
+        "tasks: 3": "needs a list tasks", "tasks: []": "needs a list tasks", "- 1": "needs a list tasks",
+        "tasks: [{path: a, nam: b}]": "no key 'nam'", "tasks: [{": "while parsing",
     }.items():  # fmt: skip
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ConfigError, match=message):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipscale.config.data import Data
-from clipscale.data.collections import CLIP_FIELD, IMAGE_KEYS, Collection, listed_captions, open_collection
+from clipscale.data.collections import CLIP_FIELD, IMAGE_KEYS, Collection, Folder, listed_captions, open_collection
 from clipscale.data.evalset import EvalSet
 from clipscale.data.labels import places_among
 from clipscale.data.samples import BadSample, Member, find_captions, find_field, find_label
@@ -165,7 +165,9 @@ def _told_kind(task: Task, samples: Collection) -> str:
 
 
 def _evalset(task: Task, samples: Collection, context: EvalContext, *asked: Callable[[Member], Any]) -> EvalSet:
-    asked = (*asked, lambda sample: sample.members[CLIP_FIELD].decode()) if task.clips else asked
+    if task.clips and not isinstance(samples, Folder):
+        raise ConfigError("--clips is for folders of frames, which this is not")
+    asked = (*asked, lambda sample: sample.members[CLIP_FIELD].decode(errors="replace")) if task.clips else asked
     return EvalSet(samples, IMAGE_KEYS, context.model.config.vision, Data().max_pixels, asked)
 
 
@@ -193,11 +195,17 @@ def _captions(task: Task) -> Callable[[Member], list[str]]:
 
 
 def _group(task: Task) -> Callable[[Member], str | None]:
+    column = task.group_key.removeprefix("npy:") if task.group_key.startswith("npy:") else ""
+    if column and not column.isdecimal():
+        raise ConfigError(f"--group-key {task.group_key}: npy: takes the number of a column, such as npy:0")
+
     def find(sample: Member) -> str | None:
         if not task.group_key:
             return None
-        if task.group_key.startswith("npy:"):
-            return str(_row(sample)[int(task.group_key.removeprefix("npy:"))])
+        if column:
+            if int(column) >= len(row := _row(sample)):
+                raise BadSample(f"no_{task.group_key}")
+            return str(row[int(column)])
         table = is_table(task.path) and not task.group_key.startswith("json:")
         return str(find_field(sample, f"json:{task.group_key}" if table else task.group_key))
 
@@ -355,7 +363,7 @@ def read_suite(where: str, data_dir: str | None) -> list[Task]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         listed = content["tasks"] if isinstance(content, dict) else None
-        if not isinstance(listed, list) or not all(isinstance(one, dict) and "path" in one for one in listed):
+        if not isinstance(listed, list) or not listed or not all(isinstance(o, dict) and "path" in o for o in listed):
             raise ValueError("it needs a list tasks, each with a path")
     except FileNotFoundError:
         raise ConfigError(f"--suite {where} is no file, and none of {', '.join(own)}") from None
@@ -369,14 +377,17 @@ def read_suite(where: str, data_dir: str | None) -> list[Task]:
 
 
 def _typed(task: Mapping[str, Any]) -> Task:
-    lists: dict[str, Any] = {"labels": tuple(map(str, task.get("labels", ()))), "clips": bool(task.get("clips", False))}
-    given: dict[str, Any] = {key: str(value) for key, value in task.items() if key not in lists}
+    labels = task.get("labels") or ()
+    listed = [part.strip() for part in labels.split(",")] if isinstance(labels, str) else labels
+    lists: dict[str, Any] = {"labels": tuple(map(str, listed)), "clips": bool(task.get("clips", False))}
+    given: dict[str, Any] = {key: str(value) for key, value in task.items() if key not in lists and value is not None}
     return Task(**given, **lists)
 
 
 def _below(task: Task, folder: Path) -> Task:
     def place(name: str) -> str:
-        return name if not name or "://" in name else str(folder / name)
+        listed = name.split("::") if name else []
+        return "::".join(part if "://" in part else str(folder / Path(part).expanduser()) for part in listed)
 
     own = folder / task.templates
     prompts = str(own) if own.is_file() else task.templates
