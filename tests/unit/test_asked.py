@@ -315,6 +315,26 @@ def test_the_command(model: str, sets: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "here"], "--out needs a data set, and none is named"),
+        (["--label-key", "x"], "--label-key needs a data set, and none is named"),
+        (
+            ["--suite", "datacomp", "--data-dir", "gone", "--templates", "pets"],
+            "--templates is a key of a suite's tasks",
+        ),
+        (["--suite", "datacomp", "--data-dir", "gone"], "1k_test does not exist; of 37 data sets 37 do not"),
+        (["{sets}/pairs.tar", "--out", "{sets}/0.jpg/results"], "0.jpg is no directory that may be written into"),
+    ],
+)
+def test_what_would_be_lost_is_said_before_a_model_is_asked(
+    options: list[str], message: str, model: str, sets: Path
+) -> None:
+    with pytest.raises(ClipscaleError, match=message):
+        app(["eval", model, *(one.replace("{sets}", str(sets)) for one in options)], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
     ("task", "error", "message"),
     [
         (Task("nowhere"), DataError, "^nowhere does not exist"),
