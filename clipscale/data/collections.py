@@ -20,6 +20,7 @@ import numpy as np
 from clipscale.config.data import Storage
 from clipscale.data.folders import files_below
 from clipscale.data.io import REMOTE, ShardStore, parent, resolve
+from clipscale.data.labels import numbered
 from clipscale.data.manifest import ShardFile, damages, expand_shards, summarise
 from clipscale.data.samples import Member
 from clipscale.data.stream import fetch_image, read_samples
@@ -41,13 +42,15 @@ class About:
     """What a collection tells of itself beside its samples.
 
     ``classes`` and ``templates`` (with ``{}``) are for its labels, where it has some; ``kind`` is what
-    ``dataset_type.txt`` says, else empty; ``damaged`` is what is wrong with its archives, by file name.
+    ``dataset_type.txt`` says, else empty; ``damaged`` is what is wrong with its archives, by file name; ``by_name``:
+    its labels are these names, and their numbers only the alphabetical order.
     """
 
     classes: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
     kind: str = ""
     damaged: dict[str, str] = field(default_factory=dict)
+    by_name: bool = False
 
 
 class Collection(Protocol):
@@ -227,7 +230,7 @@ class Folder:
         names = tuple(sorted({path.partition("/")[0] for path in self._paths})) if labelled else ()
         self._labels = {name: number for number, name in enumerate(names)}
         # Folders cannot hold every name, and people write them with underscores.
-        self.about = About(tuple(name.replace("_", " ") for name in names))
+        self.about = About(tuple(name.replace("_", " ") for name in names), by_name=bool(names))
 
     @cached_property
     def identity(self) -> str:
@@ -307,9 +310,10 @@ class Table:
         label = label_column or find_column(self.columns, LABEL_NAMES)
         for column in (*self._captions, *([label] if label else [])):
             self._named(where, column, (), "")
-        self._label, classes, self._numbers = _numbered(rows, label)
+        self._label = label
+        classes, self._numbers = numbered([row[label].strip() for row in rows] if label else [])
         self._rows = _by_image(rows, self._image) if one_per_image else [(i, [row]) for i, row in enumerate(rows)]
-        self.about = About(classes)
+        self.about = About(classes, by_name=bool(classes))
 
     def _named(self, where: str, column: str | None, usual: Sequence[str], what: str) -> str:
         found = find_column(self.columns, usual) if column is None else column
@@ -342,16 +346,6 @@ class Table:
 
     def _fetch(self, path: str) -> bytes | None:
         return fetch_image(self._store, path, self._folder)
-
-
-def _numbered(rows: Sequence[dict[str, str]], label: str | None) -> tuple[str | None, tuple[str, ...], dict[str, int]]:
-    """The column of labels, the names of the classes if these are names, and the number of each label."""
-    if label is None:
-        return None, (), {}
-    values = sorted({row[label].strip() for row in rows} - {""})
-    if all(value.isdecimal() for value in values):
-        return label, (), {value: int(value) for value in values}
-    return label, tuple(values), {value: number for number, value in enumerate(values)}
 
 
 def _by_image(rows: Sequence[dict[str, str]], column: str) -> list[tuple[int, list[dict[str, Any]]]]:

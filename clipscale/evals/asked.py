@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,18 +12,28 @@ import torch
 
 from clipscale.data.evalset import EvalItem, EvalSet
 from clipscale.errors import DataError
-from clipscale.evals.outcomes import Classified, Labelled, Retrieved, digest
+from clipscale.evals.outcomes import Classified, Labelled, Outcome, Retrieved, digest
 from clipscale.evals.protocol import EvalContext
 from clipscale.evals.retrieval import Matches, recall
 from clipscale.evals.zeroshot import classify, prompt_features
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What was found of every query; how many samples could not be used, by reason; ``strange``: of yes-or-no labels
+    that samples list, those that were not asked for, and how often."""
+
+    outcome: Outcome
+    bad: Counter[str]
+    strange: Counter[str] = field(default_factory=Counter)
+
+
 def ask_classes(
     context: EvalContext, images: EvalSet, names: Sequence[str], templates: Sequence[str], clips: bool = False
-) -> tuple[Classified, int]:
+) -> Asked:
     """Zero-shot classification; the items of ``images`` carry the class index, a group (or None), and their clip.
 
-    Returns the outcome, and how many samples could not be used. Raises DataError for a label that no class has.
+    Raises DataError for a label that no class has.
     """
     features, items, bad = _encode(context, images, clips)
     labels = torch.tensor([item.fields[0] for item in items])
@@ -39,7 +51,7 @@ def ask_classes(
     if any(group is not None for group in groups):
         numbers = {group: number for number, group in enumerate(sorted(set(groups), key=str))}
         arrays["group"] = np.array([numbers[group] for group in groups])
-    return Classified(arrays, tuple(names), digest([item.key for item in items])), bad
+    return Asked(Classified(arrays, tuple(names), digest([item.key for item in items])), bad)
 
 
 def ask_labels(
@@ -49,8 +61,9 @@ def ask_labels(
     positive: Sequence[str],
     negative: Sequence[str],
     clips: bool = False,
-) -> tuple[Labelled, int]:
-    """Yes or no for each of L labels; the items of ``images`` carry L numbers: 1 yes, 0 no, NaN unknown.
+) -> Asked:
+    """Yes or no for each of L labels; the items of ``images`` carry L numbers (1 yes, 0 no, NaN unknown), paired with
+    the names of those labels of theirs that are none of the L.
 
     The score of a label is the similarity with its positive prompts, less that with its negative ones where there are
     some (Tiu et al. 2022, whose softmax over the pair has the same order).
@@ -59,12 +72,13 @@ def ask_labels(
     scores = features @ prompt_features(context, names, positive).T
     if negative:
         scores = scores - features @ prompt_features(context, names, negative).T
-    labels = np.array([item.fields[0] for item in items], dtype=np.float64)
+    labels = np.array([item.fields[0][0] for item in items], dtype=np.float64)
     arrays = {"score": scores.double().numpy(), "label": labels}
-    return Labelled(arrays, tuple(names), digest([item.key for item in items])), bad
+    strange = Counter(name for item in items for name in item.fields[0][1])
+    return Asked(Labelled(arrays, tuple(names), digest([item.key for item in items])), bad, strange)
 
 
-def ask_pairs(context: EvalContext, images: EvalSet, clips: bool = False) -> tuple[Retrieved, int]:
+def ask_pairs(context: EvalContext, images: EvalSet, clips: bool = False) -> Asked:
     """Retrieval both ways; the items of ``images`` carry the texts that are right for them.
 
     Image to text ranks the distinct texts of all items, and a hit is any right one; text to image ranks all images for
@@ -79,14 +93,14 @@ def ask_pairs(context: EvalContext, images: EvalSet, clips: bool = False) -> tup
     }
     arrays = {f"{way}_r{k}": hits.numpy() for way, found in ways.items() for k, hits in found.hits.items()}
     arrays |= {f"{way}_r{k}_chance": luck.numpy() for way, found in ways.items() for k, luck in found.chance.items()}
-    return Retrieved(arrays, (), digest([*(item.key for item in items), *matches.texts])), bad
+    return Asked(Retrieved(arrays, (), digest([*(item.key for item in items), *matches.texts])), bad)
 
 
-def _encode(context: EvalContext, images: EvalSet, clips: bool) -> tuple[torch.Tensor, list[EvalItem], int]:
+def _encode(context: EvalContext, images: EvalSet, clips: bool) -> tuple[torch.Tensor, list[EvalItem], Counter[str]]:
     features, items, bad = context.encode_images(images)
     if clips:
         features, items = pool_clips(features, items)
-    return features, items, len(bad)
+    return features, items, Counter(item.reason for item in bad)
 
 
 def pool_clips(features: torch.Tensor, items: Sequence[EvalItem]) -> tuple[torch.Tensor, list[EvalItem]]:

@@ -37,8 +37,13 @@ class Outcome:
     kind: ClassVar[str]
 
     def same_queries(self, other: Outcome) -> bool:
-        """Whether both were asked the same, so that they can be compared query by query."""
-        return (self.kind, self.keys, self.sizes) == (other.kind, other.keys, other.sizes)
+        """Whether both were asked the same, so that they can be compared query by query: with the same right answers
+        among as many."""
+        one, two = ((found.kind, found.keys, found.sizes, len(found.names)) for found in (self, other))
+        truth = [name for name in self.arrays if name in other.arrays and _is_truth(name)]
+        return one == two and all(
+            np.array_equal(self.arrays[name], other.arrays[name], equal_nan=True) for name in truth
+        )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -172,6 +177,11 @@ def _draws(outcome: Outcome, resamples: int, seed: int) -> Iterator[dict[str, Fl
         }
 
 
+def _is_truth(name: str) -> bool:
+    """Whether an array tells what is right, not what was answered; a chance is the number of right ones."""
+    return name in ("label", "group") or name.endswith("_chance")
+
+
 def _mean(values: Any) -> float:
     found = np.array(list(values), dtype=np.float64)
     found = found[~np.isnan(found)]
@@ -180,4 +190,4 @@ def _mean(values: Any) -> float:
 
 def digest(keys: Sequence[str]) -> str:
     """Tells the queries with these keys, in this order, from others."""
-    return hashlib.blake2b("\n".join(keys).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b("\n".join(keys).encode(errors="surrogateescape"), digest_size=8).hexdigest()

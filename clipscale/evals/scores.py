@@ -27,10 +27,14 @@ def class_recalls(labels: NDArray[np.int64], hits: Floats, weight: Floats, count
 
 
 def macro_f1(labels: NDArray[np.int64], answers: NDArray[np.int64], weight: Floats, count: int) -> float:
-    """Mean over the classes that occur, as label or answer, of 2 TP / (labels + answers)."""
-    there = np.bincount(labels, weight, minlength=count) + np.bincount(answers, weight, minlength=count)
+    """Mean over the classes that occur as a label of 2 TP / (labels + answers), as of WILDS (Koh et al. 2021).
+
+    A class that is only ever an answer takes from the scores of those it was taken for, and has none of its own.
+    """
+    of_class = np.bincount(labels, weight, minlength=count)
+    there = of_class + np.bincount(answers, weight, minlength=count)
     right = np.bincount(labels, weight * (labels == answers), minlength=count)
-    seen = there > 0
+    seen = of_class > 0
     return float((2 * right[seen] / there[seen]).mean()) if seen.any() else float("nan")
 
 
@@ -43,12 +47,15 @@ def calibration_error(confidence: Floats, hits: Floats, weight: Floats, bins: in
 
 
 class Ranked:
-    """Scores Float[N] and labels 0 or 1 of one yes-or-no question, sorted once, for many weights."""
+    """Scores Float[N] and labels 0 or 1 of one yes-or-no question, sorted once, for many weights.
+
+    Scores that are no numbers have no order: with one of them, what is asked for is NaN.
+    """
 
     def __init__(self, scores: Floats, labels: Floats) -> None:
         self._order = np.argsort(-scores, kind="stable")
         in_order = scores[self._order]
-        self._yes = labels[self._order]
+        self._yes = labels[self._order] if not np.isnan(scores).any() else np.full(len(scores), np.nan)
         # Equal scores are one threshold.
         self._ends = np.append(np.flatnonzero(np.diff(in_order)), len(scores) - 1) if len(scores) else np.arange(0)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,19 @@ from sklearn import metrics
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from clipscale.apps.asking import ask
-from clipscale.apps.evaluation.results import AGGREGATE, compare, read_results
+from clipscale.apps.evaluation.results import AGGREGATE, Results, compare, read_results, summarise, write_results
 from clipscale.apps.evaluation.run import evaluate_tasks, show_results
-from clipscale.apps.evaluation.tasks import Task, read_suite, run_task, shipped_suites
+from clipscale.apps.evaluation.tasks import Answer, Task, read_suite, run_task, shipped_suites
 from clipscale.cli import app
 from clipscale.errors import ClipscaleError, ConfigError, DataError
 from clipscale.evals import EvalContext
+from clipscale.evals.asked import Asked
+from clipscale.evals.outcomes import Labelled, digest
 from clipscale.evals.prompts import template_sets, templates
 from tests import asked
 from tests.peers import small
 from tests.pool import Pool
-from tests.shards import jpeg
+from tests.shards import jpeg, write_shard
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
 
@@ -127,6 +131,17 @@ def test_rows_of_one_image_are_one(context: EvalContext, sets: Path) -> None:
     assert outcome.sizes == {"images": 20, "texts": len(rows)}
 
 
+def test_names_of_a_table_are_those_of_a_file_in_any_order(context: EvalContext, sets: Path, tmp_path: Path) -> None:
+    rows = [f"{sets}/{n}.jpg,{asked.names()[asked.label(n)]}" for n in range(asked.COUNT)]
+    (tmp_path / "set.csv").write_text("\n".join(["image,label", *rows]))
+    (tmp_path / "classes.txt").write_text("\n".join(reversed(["something else", *asked.names()])))
+    outcome = run_task(Task(f"{tmp_path}/set.csv", classes=f"{tmp_path}/classes.txt"), context).outcome
+    found = [outcome.names[label] for label in outcome.arrays["label"]]
+    assert (
+        found == [asked.names()[asked.label(n)] for n in range(asked.COUNT)] and len(outcome.names) == asked.CLASSES + 1
+    )
+
+
 def test_labels_are_scikit_learns(peer: Any, context: EvalContext, tasks: list[Task], tmp_path: Path) -> None:
     (tmp_path / "no.txt").write_text("a photo without {}\n")
     task = Task(tasks[2].path, "labels", labels=asked.LABELS, templates="name", negatives=str(tmp_path / "no.txt"))
@@ -141,6 +156,49 @@ def test_labels_are_scikit_learns(peer: Any, context: EvalContext, tasks: list[T
         one, other = truth[known, place], scores[known, place].numpy()
         assert found[f"auroc/{name}"] == pytest.approx(metrics.roc_auc_score(one, other))
         assert found[f"ap/{name}"] == pytest.approx(metrics.average_precision_score(one, other))
+
+
+def test_labels_are_those_asked_for_beside_a_column_of_classes(context: EvalContext, sets: Path) -> None:
+    """A table may have both; the column of classes has as many names as there are labels, which are not theirs."""
+    rows = (sets / "labels.csv").read_text().splitlines()
+    classed = [f"{row},{asked.WORDS[n % 3]}" for n, row in enumerate(rows[1:])]
+    (sets / "both.csv").write_text("\n".join([f"{rows[0]},class", *classed]))
+    found = run_task(Task(f"{sets}/both.csv", labels=asked.LABELS), context).outcome
+    alone = run_task(Task(f"{sets}/labels.csv", labels=asked.LABELS), context).outcome
+    assert found.names == asked.LABELS
+    np.testing.assert_array_equal(found.arrays["score"], alone.arrays["score"])
+
+
+def test_listed_labels(model: str, sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "classes.txt").write_text("red\nold\n")
+    rows = ["image,tags", "0.jpg,red|old", "1.jpg,Red", "2.jpg,", "3.jpg,old | 7", "gone.jpg,red"]
+    (sets / "tags.csv").write_text("\n".join(rows))
+    task = Task(f"{sets}/tags.csv", kind="multilabel", label_key="tags", classes=f"{tmp_path}/classes.txt")
+    evaluate_tasks(model, [task], device="cpu", resamples=2, out=tmp_path / "out")
+    label = read_results(tmp_path / "out").outcomes["tags.csv"].arrays["label"]
+    assert label.tolist() == [[1, 1], [0, 0], [0, 0], [0, 1]]
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: tags.csv: samples that could not be used: missing_image (1)",
+        "warning: tags.csv: labels of the data that are none of the classes do not count: Red (1), 7 (1)",
+    ]
+    with pytest.raises(ConfigError, match="does not name its classes"):
+        run_task(Task(f"{sets}/tags.csv", kind="multilabel", label_key="tags"), ask(model, "cpu"))
+
+
+def test_numbers_of_an_array_are_yes_no_or_unknown(context: EvalContext, tmp_path: Path) -> None:
+    split = tmp_path / "set" / "test"
+    split.mkdir(parents=True)
+    samples = []
+    for number, row in enumerate([[1, 0], [-1, 1], [0, np.nan], [2, 0]]):
+        stored = io.BytesIO()
+        np.save(stored, np.array(row))
+        samples.append((f"{number}", {"jpg": jpeg(number, asked.SIDE), "npy": stored.getvalue()}))
+    write_shard(split / "0.tar", samples)
+    (split / "nshards.txt").write_text("1")
+    (tmp_path / "set" / "classnames.txt").write_text("red\nold\n")
+    answer = run_task(Task(f"{tmp_path}/set"), context)
+    np.testing.assert_array_equal(answer.outcome.arrays["label"], [[1, 0], [np.nan, 1], [0, np.nan]])
+    assert answer.asked.bad == {"label_is_no_yes_or_no": 1}
 
 
 def test_frames_of_a_clip_are_averaged(peer: Any, context: EvalContext, tasks: list[Task]) -> None:
@@ -212,12 +270,68 @@ def test_other_queries_are_not_compared(model: str, sets: Path, tmp_path: Path) 
         read_results(sets)
 
 
+def results(name: str, label: list[float], score: float, keys: str = "k", metric: str = "map") -> Results:
+    """Two data sets of yes-or-no questions; of ``b`` no one is known."""
+    found = {
+        "a": Labelled({"score": np.array([[score], [0.5], [0.1]]), "label": np.array(label)[:, None]}, ("x",), keys),
+        "b": Labelled({"score": np.zeros((3, 1)), "label": np.full((3, 1), np.nan)}, ("x",), "k"),
+    }
+    return Results(name, {"tasks": [{"name": one, "metric": metric, "kind": "multilabel"} for one in found]}, found)
+
+
+def test_only_what_was_asked_the_same_is_compared() -> None:
+    """The same keys with other labels are other data; a data set without a score is in no mean."""
+    one, other = results("one", [1, 0, float("nan")], 0.0), results("two", [1, 0, float("nan")], 0.9)
+    found = {difference.task: difference for difference in compare(one, other, 20)}
+    assert found["a"].change == found[AGGREGATE].change == 0.5 and found[AGGREGATE].second == 1
+    assert json.loads(json.dumps(found["b"].plain, allow_nan=False))["change"] is None
+    for wrong in (results("w", [0, 1, float("nan")], 0.9), results("w", [1, 0, float("nan")], 0.9, "l")):
+        with pytest.raises(ConfigError, match="not asked the same queries"):
+            compare(one, wrong, 5)
+    with pytest.raises(ConfigError, match="two has no ap/y; it has map, auroc, ap/x"):
+        compare(results("one", [1, 0, float("nan")], 0.0, metric="ap/y"), other, 5)
+
+
+def test_the_mean_says_of_how_many(tmp_path: Path) -> None:
+    stored = results("one", [1, 0, float("nan")], 0.9).outcomes
+    answers = [Answer(Task(name, kind="multilabel"), Asked(outcome, Counter())) for name, outcome in stored.items()]
+    content = summarise("m", answers, 10)
+    assert content[AGGREGATE]["score"] == 1 and content[AGGREGATE]["tasks"] == 1
+    write_results(tmp_path, content, answers)
+    assert read_results(tmp_path).outcomes.keys() == {"a", "b"}
+    stored_bytes = (tmp_path / "outcomes.npz").read_bytes()
+    for cut in (0, len(stored_bytes) // 2):
+        (tmp_path / "outcomes.npz").write_bytes(stored_bytes[:cut])
+        with pytest.raises(ConfigError, match="holds no results of clipscale eval"):
+            read_results(tmp_path)
+
+
 def test_the_command(model: str, sets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     app(["eval", model, f"{sets}/pairs.tar", "--device", "cpu", "--resamples", "5", "--json"], standalone_mode=False)
     (one,) = json.loads(capsys.readouterr().out)["tasks"]
     assert one["kind"] == "retrieval" and one["metric"] == "mean_r1" and one["queries"]["images"] == asked.COUNT
     with pytest.raises(ClipscaleError, match="changes what a run was validated on"):
         app(["eval", model, f"{sets}/pairs.tar", "data.val.shards=x"], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "here"], "--out needs a data set, and none is named"),
+        (["--label-key", "x"], "--label-key needs a data set, and none is named"),
+        (
+            ["--suite", "datacomp", "--data-dir", "gone", "--templates", "pets"],
+            "--templates is a key of a suite's tasks",
+        ),
+        (["--suite", "datacomp", "--data-dir", "gone"], "1k_test does not exist; of 37 data sets 37 do not"),
+        (["{sets}/pairs.tar", "--out", "{sets}/0.jpg/results"], "0.jpg is no directory that may be written into"),
+    ],
+)
+def test_what_would_be_lost_is_said_before_a_model_is_asked(
+    options: list[str], message: str, model: str, sets: Path
+) -> None:
+    with pytest.raises(ClipscaleError, match=message):
+        app(["eval", model, *(one.replace("{sets}", str(sets)) for one in options)], standalone_mode=False)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +346,11 @@ def test_the_command(model: str, sets: Path, capsys: pytest.CaptureFixture[str])
         (Task("{sets}/benchmark", kind="zeroshot", templates="ten"), ConfigError, "no set: choose from simple"),
         (Task("{sets}/benchmark", kind="zeroshot", templates="two.txt"), DataError, "needs one {}"),
         (Task("{sets}/benchmark", kind="retrieval"), DataError, "no_caption"),
+        (Task("{sets}/benchmark", kind="zeroshot", group_key="npy:2"), DataError, "no_npy:2"),
+        (Task("{sets}/benchmark", kind="zeroshot", group_key="npy:x"), ConfigError, "takes the number of a column"),
+        (Task("{sets}/pairs.tar", clips=True), ConfigError, "--clips is for folders of frames"),
         (Task("{sets}/labels.csv", labels=("red", "odd")), DataError, "no_odd"),
+        (Task("{sets}/labels.csv", labels=("red",), classes="two.txt"), ConfigError, "has 2 names for 1 --labels"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_line(
@@ -257,9 +375,14 @@ def test_suites(tmp_path: Path) -> None:
     assert one == Task(f"{tmp_path}/a", "A", labels=("x", "1"), templates=f"{tmp_path}/own.txt")
     assert other == Task("s3://b/c", metric="top5", clips=True) and other.shown == "c"
     assert read_suite(str(tmp_path / "own.yaml"), "/d")[0].path == "/d/a"
+    (tmp_path / "lax.yaml").write_text(
+        "tasks: [{path: '0.tar::/d/1.tar', labels: 'x, y', kind: }, {path: a, labels: }]"
+    )
+    one, other = read_suite(str(tmp_path / "lax.yaml"), None)
+    assert one == Task(f"{tmp_path}/0.tar::/d/1.tar", labels=("x", "y")) and other == Task(f"{tmp_path}/a")
     for text, message in {
-        "tasks: 3": "needs a list tasks", "- 1": "needs a list tasks", "tasks: [{path: a, nam: b}]": "no key 'nam'",
-        "tasks: [{": "while parsing",
+        "tasks: 3": "needs a list tasks", "tasks: []": "needs a list tasks", "- 1": "needs a list tasks",
+        "tasks: [{path: a, nam: b}]": "no key 'nam'", "tasks: [{": "while parsing",
     }.items():  # fmt: skip
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ConfigError, match=message):
@@ -301,6 +424,10 @@ def test_the_page_runs(
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(code, {})
     assert capsys.readouterr().out.splitlines()[-1].count(" ") == 2
+
+
+def test_names_of_files_that_are_no_text_have_a_digest() -> None:
+    assert digest(["caf\udce9.jpg"]) != digest(["caf.jpg"])
 
 
 def test_prompts_are_those_of_the_paper(tmp_path: Path) -> None:

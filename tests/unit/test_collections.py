@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from clipscale.data.collections import Collection, listed_captions, open_collection
-from clipscale.errors import DataError
+from clipscale.data.labels import places_among
+from clipscale.errors import ConfigError, DataError
 from tests.shards import jpeg, sample, write_shard, write_shards
 
 
@@ -129,6 +130,29 @@ def test_numbers_are_labels_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "set.csv").write_text("image,label\n0.jpg,7\n0.jpg,03\n")
     found = open_collection(str(tmp_path / "set.csv"))
     assert labels(found) == ["7", "3"] and found.about.classes == ()
+
+
+def test_numbers_with_a_point_are_labels_too(tmp_path: Path) -> None:
+    """As pandas writes a column of whole numbers that has gaps: as names, 10.0 would come before 2.0."""
+    fill(tmp_path, "0.jpg")
+    (tmp_path / "set.csv").write_text(
+        "image,label\n" + "".join(f"0.jpg,{n}\n" for n in ("10.0", "2.0", "", "nan", "-1"))
+    )
+    found = open_collection(str(tmp_path / "set.csv"))
+    assert [one.members.get("cls") for one in found.read(0, 9)] == [b"10", b"2", None, None, None]
+    assert found.about.classes == () and not found.about.by_name
+    (tmp_path / "set.csv").write_text("image,label\n0.jpg,2.5\n0.jpg,10\n")
+    assert open_collection(str(tmp_path / "set.csv")).about.classes == ("10", "2.5")
+
+
+def test_names_are_found_in_a_list_of_classes() -> None:
+    own = ("Big_dog", "cat")
+    assert places_among(["cat", "emu", "big dog"], own, "f") == [2, 0]
+    assert places_among(["tench", "goldfish"], ("n01440764", "n01443537"), "f") == [0, 1]
+    assert places_among(["big dog", "a cat"], own, "f") == [0, 1]
+    for listed in (["cat", "a big dog"], ["big dog"], ["dog", "goldfish", "emu"]):
+        with pytest.raises(ConfigError, match="is none of its"):
+            places_among(listed, own, "f")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,9 @@ def test_of_classes(random: np.random.Generator, weighted: bool) -> None:
     balanced = metrics.balanced_accuracy_score(labels, answers, sample_weight=weight)
     assert np.nanmean(recalls) == pytest.approx(balanced) and np.isnan(recalls[-2:]).all()
     there = weight > 0
-    f1 = metrics.f1_score(labels[there], answers[there], sample_weight=weight[there], average="macro")
+    f1 = metrics.f1_score(
+        labels[there], answers[there], sample_weight=weight[there], average="macro", labels=np.unique(labels[there])
+    )  # as WILDS calls it
     assert macro_f1(labels, answers, weight, classes) == pytest.approx(f1)
 
 
@@ -50,6 +52,11 @@ def test_of_one_kind_alone_there_is_none() -> None:
     for labels in (np.ones(3), np.zeros(3)):
         assert np.isnan(Ranked(np.arange(3.0), labels).auroc(np.ones(3)))
     assert np.isnan(Ranked(np.arange(3.0), np.zeros(3)).average_precision(np.ones(3)))
+
+
+def test_of_scores_that_are_no_numbers_there_is_none() -> None:
+    ranked = Ranked(np.array([np.nan, 0.1, 0.2]), np.array([1.0, 0.0, 1.0]))
+    assert np.isnan(ranked.auroc(np.ones(3))) and np.isnan(ranked.average_precision(np.ones(3)))
 
 
 def test_calibration_by_its_definition(random: np.random.Generator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -58,23 +59,28 @@ def eval_command(
     overrides = [one for one in datasets or [] if KEY.match(one)]
     if overrides and (named or suite):
         raise ConfigError(f"{overrides[0]} changes what a run was validated on; leave out the data sets, or it")
+    from clipscale.apps.evaluation.tasks import Task, read_suite
+
+    listed = tuple(label.strip() for label in labels.split(",") if label.strip())
+    options = Task(
+        "", "", kind, metric, split, templates, negatives, classes, label_key, caption_key, group_key, image_column,
+        listed, clips,
+    )  # fmt: skip
+    unread = [key for key, value in vars(options).items() if value != getattr(Task(""), key)] if not named else []
+    if suite is None and not named:
+        unread += [key for key, value in {"out": out, "batch_size": batch_size, "data_dir": data_dir}.items() if value]
+    if unread:
+        where = "is a key of a suite's tasks" if suite is not None else "needs a data set, and none is named"
+        raise ConfigError(f"--{unread[0].replace('_', '-')} {where}")
     if not named and suite is None:
         from clipscale.apps.evaluation.own import evaluate
 
         evaluate(model, overrides, device, as_json)
         return
     from clipscale.apps.evaluation.run import evaluate_tasks
-    from clipscale.apps.evaluation.tasks import Task, read_suite
 
     tasks = read_suite(suite, data_dir) if suite is not None else []
-    listed = tuple(label.strip() for label in labels.split(",") if label.strip())
-    tasks += [
-        Task(
-            path, "", kind, metric, split, templates, negatives, classes, label_key, caption_key, group_key,
-            image_column, listed, clips,
-        )
-        for path in named
-    ]  # fmt: skip
+    tasks += [replace(options, path=path) for path in named]
     evaluate_tasks(model, tasks, device=device, batch_size=batch_size, resamples=resamples, out=out, as_json=as_json)
 
 

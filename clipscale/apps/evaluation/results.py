@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -48,15 +51,15 @@ def summarise(where: str, answers: Sequence[Answer], resamples: int) -> dict[str
         "tasks": tasks,
     }
     if len(tasks) > 1:
-        mains = [
-            _aggregate([scores[r][answer.metric] for answer, scores in zip(answers, drawn, strict=True)])
-            for r in range(resamples)
-        ]
-        low, high = intervals([{AGGREGATE: value} for value in mains])[AGGREGATE]
+        # Of tasks that have a score: a data set may have none, such as one without a yes.
+        mains = [task["scores"][task["metric"]] for task in tasks]
+        known = [number for number, score in enumerate(mains) if score is not None]
+        means = [_average([drawn[n][r][answers[n].metric] for n in known]) for r in range(resamples)]
+        low, high = intervals([{AGGREGATE: value} for value in means])[AGGREGATE]
         found[AGGREGATE] = {
-            "score": _plain(_aggregate([task["scores"][task["metric"]] for task in tasks])),
+            "score": _plain(_average([mains[n] for n in known])),
             "interval": [_plain(low), _plain(high)],
-            "tasks": len(tasks),
+            "tasks": len(known),
         }
     return found
 
@@ -77,14 +80,20 @@ def _task(answer: Answer, drawn: Sequence[Mapping[str, float]]) -> dict[str, Any
     }
 
 
-def _aggregate(scores: Sequence[float | None]) -> float:
-    known = [score for score in scores if score is not None and not math.isnan(score)]
-    return sum(known) / len(known) if known else float("nan")
+def _average(scores: Sequence[float]) -> float:
+    return sum(scores) / len(scores) if scores else float("nan")
 
 
 def _plain(value: float) -> float | None:
     """A number for JSON, which has no NaN."""
     return None if math.isnan(value) else value
+
+
+def check_writable(out: Path) -> None:
+    """Raise ConfigError where :func:`write_results` could not write: before the models are asked, not hours later."""
+    there = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out} cannot be written: {there} is no directory that may be written into")
 
 
 def write_results(out: Path, content: Mapping[str, Any], answers: Sequence[Answer]) -> None:
@@ -124,7 +133,7 @@ def read_results(where: Path) -> Results:
             f"{where} holds no results ({Path(str(error.filename)).name} is not there); clipscale eval MODEL DATASET "
             "--out DIR writes them"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
         raise ConfigError(f"{where} holds no results of clipscale eval: {error}") from None
     return Results(where.resolve().name, content, outcomes)
 
@@ -154,6 +163,14 @@ class Difference:
         return self.second - self.first
 
     @property
+    def plain(self) -> dict[str, Any]:
+        """All of it for JSON."""
+        told = vars(self) | {"change": self.change}
+        return {key: _plain(one) if isinstance(one, float) else one for key, one in told.items()} | {
+            "is_clear": self.is_clear
+        }
+
+    @property
     def is_clear(self) -> bool:
         """Whether the interval leaves zero out."""
         return self.low > 0 or self.high < 0
@@ -172,18 +189,21 @@ def compare(first: Results, second: Results, resamples: int) -> list[Difference]
         if not one.same_queries(other):
             raise ConfigError(
                 f"{name}: {first.name} and {second.name} were not asked the same queries; evaluate both on the same "
-                "data"
+                "data, with as many classes"
             )
+        if metric not in (scores := other.scores(other.all)):
+            raise ConfigError(f"{name}: {second.name} has no {metric}; it has {', '.join(scores)}")
         pairs = zip(resampled(one, resamples), resampled(other, resamples), strict=True)
         changes = [b[metric] - a[metric] for a, b in pairs]
         low, high = intervals([{metric: change} for change in changes])[metric]
-        before, after = (outcome.scores(outcome.all)[metric] for outcome in (one, other))
-        found.append(Difference(name, metric, before, after, low, high))
-        drawn.append(changes)
+        difference = Difference(name, metric, one.scores(one.all)[metric], scores[metric], low, high)
+        found.append(difference)
+        if not math.isnan(difference.change):
+            drawn.append((difference, changes))
     if not found:
         raise ConfigError(f"{first.name} and {second.name} have no data set in common")
-    if len(found) > 1:
-        low, high = intervals([{"": _aggregate(changes)} for changes in zip(*drawn, strict=True)])[""]
-        before, after = (_aggregate([getattr(one, side) for one in found]) for side in ("first", "second"))
+    if len(found) > 1 and drawn:
+        low, high = intervals([{"": _average(row)} for row in zip(*(changes for _, changes in drawn), strict=True)])[""]
+        before, after = (_average([getattr(one, side) for one, _ in drawn]) for side in ("first", "second"))
         found.append(Difference(AGGREGATE, "mean", before, after, low, high))
     return found

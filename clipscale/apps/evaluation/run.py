@@ -16,11 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from clipscale.apps.asking import ask
 from clipscale.apps.evaluation.pictures import confusion_file, draw_confusion, draw_results
-from clipscale.apps.evaluation.results import Results, compare, read_results, summarise, write_results
+from clipscale.apps.evaluation.results import Results, check_writable, compare, read_results, summarise, write_results
 from clipscale.apps.evaluation.tables import differences, overview, task_table
 from clipscale.apps.evaluation.tasks import Answer, Task, run_task
 from clipscale.distributed.collectives import rank
-from clipscale.errors import ClipscaleError, ConfigError
+from clipscale.errors import ClipscaleError, ConfigError, DataError
 from clipscale.evals.bootstrap import LEVEL
 from clipscale.evals.outcomes import Classified
 from clipscale.evals.protocol import EvalContext
@@ -46,14 +46,17 @@ def evaluate_tasks(
     names = [task.shown for task in tasks]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"two data sets are called {twice}; give them names in a suite")
+    _check_places(tasks)
     context = ask(where, device, batch_size)
+    if out is not None and rank() == 0:
+        check_writable(out)
     answers = _ask_all(tasks, context)
     if rank() != 0:
         return {}
     content = summarise(where, answers, resamples)
     for answer in answers:
-        for shard, damage in answer.damaged.items():
-            print(f"warning: {answer.task.shown}: shard {shard} {damage}", file=sys.stderr)
+        for warning in answer.warnings:
+            print(f"warning: {answer.task.shown}: {warning}", file=sys.stderr)
     if out is not None:
         write_results(out, content, answers)
         for answer in answers:
@@ -64,6 +67,14 @@ def evaluate_tasks(
     else:
         _print(where, content, out)
     return content
+
+
+def _check_places(tasks: Sequence[Task]) -> None:
+    """Raise DataError where one of several data sets is no path: before the first is asked, not after the others."""
+    local = [task.path for task in tasks if not any(mark in task.path for mark in ("://", "::", "{"))]
+    gone = [path for path in local if not Path(path).expanduser().exists()]
+    if gone and len(tasks) > 1:
+        raise DataError(f"{gone[0]} does not exist; of {len(tasks)} data sets {len(gone)} do not")
 
 
 def _ask_all(tasks: Sequence[Task], context: EvalContext) -> list[Answer]:
@@ -115,8 +126,11 @@ def show_results(
             console.print(overview(results, f"results, {LEVEL:.0%} intervals"))
         return
     found = compare(results[0], results[1], resamples)
+    for one, other in (results, reversed(results)):
+        if alone := [name for name in one.tasks if name not in other.tasks]:
+            print(f"warning: only {one.name} has {', '.join(alone)}; left out", file=sys.stderr)
     if as_json:
-        print(json.dumps([vars(one) | {"change": one.change, "is_clear": one.is_clear} for one in found]))
+        print(json.dumps([one.plain for one in found]))
     else:
         console.print(differences(found, results[0].name, results[1].name, LEVEL))
 

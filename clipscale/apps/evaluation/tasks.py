@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipscale.config.data import Data
-from clipscale.data.collections import CLIP_FIELD, IMAGE_KEYS, Collection, listed_captions, open_collection
+from clipscale.data.collections import CLIP_FIELD, IMAGE_KEYS, Collection, Folder, listed_captions, open_collection
 from clipscale.data.evalset import EvalSet
+from clipscale.data.labels import places_among
 from clipscale.data.samples import BadSample, Member, find_captions, find_field, find_label
 from clipscale.data.table import is_table
 from clipscale.errors import ConfigError, DataError
-from clipscale.evals.asked import ask_classes, ask_labels, ask_pairs
+from clipscale.evals.asked import Asked, ask_classes, ask_labels, ask_pairs
 from clipscale.evals.outcomes import Outcome
 from clipscale.evals.prompts import templates, usable
 from clipscale.evals.protocol import EvalContext
@@ -26,6 +28,7 @@ from clipscale.evals.protocol import EvalContext
 KINDS = ("zeroshot", "multilabel", "retrieval")
 MAIN = {"zeroshot": "top1", "multilabel": "map", "retrieval": "mean_r1"}
 UNKNOWN = ("", "nan", "-1", "-1.0")  # of a yes-or-no label; -1 is CheXpert's mark for what a report leaves open
+NAMED = 5  # reasons, or labels, that a warning names
 YES, NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
 
 
@@ -72,17 +75,41 @@ class Task:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a task: its outcome, samples that could not be used, and what is wrong with its archives."""
+    """What came of a task, and what is wrong with its archives, by name."""
 
     task: Task
-    outcome: Outcome
-    bad: int
+    asked: Asked
     damaged: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What was found of every query."""
+        return self.asked.outcome
+
+    @property
+    def bad(self) -> int:
+        """How many samples could not be used."""
+        return self.asked.bad.total()
 
     @property
     def metric(self) -> str:
         """The score that counts."""
         return self.task.metric or MAIN[self.outcome.kind]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What of the data did not count, a line each."""
+        found = [f"shard {shard} {damage}" for shard, damage in self.damaged.items()]
+        if self.bad:
+            found.append(f"samples that could not be used: {_most(self.asked.bad)}")
+        if self.asked.strange:
+            found.append(f"labels of the data that are none of the classes do not count: {_most(self.asked.strange)}")
+        return found
+
+
+def _most(counted: Counter[str]) -> str:
+    named = ", ".join(f"{name} ({count:,})" for name, count in counted.most_common(NAMED))
+    return f"{named}, …" if len(counted) > NAMED else named
 
 
 def run_task(task: Task, context: EvalContext) -> Answer:
@@ -98,14 +125,14 @@ def run_task(task: Task, context: EvalContext) -> Answer:
         if kind != task.kind:
             task = replace(task, kind=kind)
             samples = _open(task) if is_table(task.path) else samples  # of one with captions, rows become images
-        outcome, bad = _ASK[kind](task, samples, context)
+        asked = _ASK[kind](task, samples, context)
     except (ConfigError, DataError) as error:
         text = str(error)
         raise type(error)(text if task.path in text else f"{task.shown}: {text}") from None
     metric = task.metric or MAIN[kind]
-    if metric not in (scores := outcome.scores(outcome.all)):
+    if metric not in (scores := asked.outcome.scores(asked.outcome.all)):
         raise ConfigError(f"{task.shown}: metric {metric} is none of {', '.join(scores)}")
-    return Answer(task, outcome, bad, samples.about.damaged)
+    return Answer(task, asked, samples.about.damaged)
 
 
 def _open(task: Task) -> Collection:
@@ -114,7 +141,7 @@ def _open(task: Task) -> Collection:
         columns = {
             "image_column": task.image_column or None,
             "caption_columns": [column for column in task.caption_key.split(",") if column],
-            "label_column": None if task.labels or task.label_key.startswith("json:") else task.label_key or None,
+            "label_column": None if task.labels else task.label_key.removeprefix("json:") or None,
             "one_per_image": task.kind == "retrieval",
         }
     return open_collection(task.path, split=task.split, clips=task.clips, **columns)
@@ -138,14 +165,19 @@ def _told_kind(task: Task, samples: Collection) -> str:
 
 
 def _evalset(task: Task, samples: Collection, context: EvalContext, *asked: Callable[[Member], Any]) -> EvalSet:
-    asked = (*asked, lambda sample: sample.members[CLIP_FIELD].decode()) if task.clips else asked
+    if task.clips and not isinstance(samples, Folder):
+        raise ConfigError("--clips is for folders of frames, which this is not")
+    asked = (*asked, lambda sample: sample.members[CLIP_FIELD].decode(errors="replace")) if task.clips else asked
     return EvalSet(samples, IMAGE_KEYS, context.model.config.vision, Data().max_pixels, asked)
 
 
-def _label(task: Task) -> Callable[[Member], int]:
+def _label(task: Task, places: Sequence[int] | None) -> Callable[[Member], int]:
+    """The class of a sample; ``places`` holds those of the data's own numbers among the names of --classes."""
+
     def find(sample: Member) -> int:
         if "cls" in sample.members and (not task.label_key or is_table(task.path)):
-            return find_label(sample, "cls")
+            number = find_label(sample, "cls")
+            return number if places is None else places[number]
         return find_label(sample, task.label_key or "json:label")
 
     return find
@@ -163,37 +195,50 @@ def _captions(task: Task) -> Callable[[Member], list[str]]:
 
 
 def _group(task: Task) -> Callable[[Member], str | None]:
+    column = task.group_key.removeprefix("npy:") if task.group_key.startswith("npy:") else ""
+    if column and not column.isdecimal():
+        raise ConfigError(f"--group-key {task.group_key}: npy: takes the number of a column, such as npy:0")
+
     def find(sample: Member) -> str | None:
         if not task.group_key:
             return None
-        if task.group_key.startswith("npy:"):
-            return str(_row(sample)[int(task.group_key.removeprefix("npy:"))])
+        if column:
+            if int(column) >= len(row := _row(sample)):
+                raise BadSample(f"no_{task.group_key}")
+            return str(row[int(column)])
         table = is_table(task.path) and not task.group_key.startswith("json:")
         return str(find_field(sample, f"json:{task.group_key}" if table else task.group_key))
 
     return find
 
 
-def _marks(task: Task, names: Sequence[str]) -> Callable[[Member], list[float]]:
-    """L numbers of a sample: 1 yes, 0 no, NaN unknown."""
+Marks = tuple[list[float], list[str]]
+
+
+def _marks(task: Task, names: Sequence[str]) -> Callable[[Member], Marks]:
+    """L numbers of a sample, 1 yes, 0 no, NaN unknown; and the labels it lists that are none of the L."""
     place = {name: number for number, name in enumerate(names)}
 
-    def find(sample: Member) -> list[float]:
+    def find(sample: Member) -> Marks:
         if task.labels:
-            return [_mark(find_field(sample, f"json:{label.removeprefix('json:')}")) for label in task.labels]
+            return [_mark(find_field(sample, f"json:{label.removeprefix('json:')}")) for label in task.labels], []
         if "npy" in sample.members and not task.label_key:
             if len(row := _row(sample)) != len(names):
                 raise BadSample("labels_of_another_number")
-            return [float(value) for value in row]
+            return [_mark(value) for value in row], []
         key = task.label_key or "cls"
         value = find_field(sample, f"json:{key}" if is_table(task.path) and ":" not in key else key)
+        if value is None:
+            raise BadSample(f"no_{key.removeprefix('json:')}")
         listed = value if isinstance(value, list) else str(value).replace("|", "\n").splitlines()
-        marked = [0.0] * len(names)
-        for one in (str(part).strip() for part in listed):
-            number = place.get(one, int(one) if one.isdecimal() else None)
-            if number is not None and number < len(names):
+        marked, strange = [0.0] * len(names), []
+        for one in filter(None, (str(part).strip() for part in listed)):
+            number = place.get(one, int(one) if one.isdecimal() else len(names))
+            if number < len(names):
                 marked[number] = 1.0
-        return marked
+            else:
+                strange.append(one)
+        return marked, strange
 
     return find
 
@@ -218,19 +263,20 @@ def _mark(value: Any) -> float:
 # ---- asking ---------------------------------------------------------------------------------------------------------
 
 
-def _ask_classes(task: Task, samples: Collection, context: EvalContext) -> tuple[Outcome, int]:
-    told = _told(task, samples)
-    images = _evalset(task, samples, context, _label(task), _group(task))
+def _ask_classes(task: Task, samples: Collection, context: EvalContext) -> Asked:
+    told, own = _told(task, samples), samples.about
+    places = places_among(told.names, own.classes, task.classes) if own.by_name and task.classes else None
+    images = _evalset(task, samples, context, _label(task, places), _group(task))
     return ask_classes(context, images, told.names, told.templates, task.clips)
 
 
-def _ask_labels(task: Task, samples: Collection, context: EvalContext) -> tuple[Outcome, int]:
+def _ask_labels(task: Task, samples: Collection, context: EvalContext) -> Asked:
     told = _told(task, samples)
     images = _evalset(task, samples, context, _marks(task, told.names))
     return ask_labels(context, images, told.names, told.templates, told.negatives, task.clips)
 
 
-def _ask_pairs(task: Task, samples: Collection, context: EvalContext) -> tuple[Outcome, int]:
+def _ask_pairs(task: Task, samples: Collection, context: EvalContext) -> Asked:
     group, captions = _group(task), _captions(task)
 
     def right(sample: Member) -> list[str]:
@@ -240,7 +286,7 @@ def _ask_pairs(task: Task, samples: Collection, context: EvalContext) -> tuple[O
     return ask_pairs(context, _evalset(task, samples, context, right), task.clips)
 
 
-_ASK: dict[str, Callable[[Task, Collection, EvalContext], tuple[Outcome, int]]] = {
+_ASK: dict[str, Callable[[Task, Collection, EvalContext], Asked]] = {
     "zeroshot": _ask_classes,
     "multilabel": _ask_labels,
     "retrieval": _ask_pairs,
@@ -257,7 +303,10 @@ class _Told:
 def _told(task: Task, samples: Collection) -> _Told:
     """Class names and prompts: of the options, else of the data, else the plain ones."""
     content = read_class_file(task.classes) if task.classes else {}
-    names = content.get("classnames") or list(samples.about.classes) or list(task.labels)
+    own = [] if task.kind == "multilabel" and samples.about.by_name else list(samples.about.classes)
+    names = content.get("classnames") or list(task.labels) or own
+    if task.labels and len(names) != len(task.labels):
+        raise ConfigError(f"--classes {task.classes} has {len(names)} names for {len(task.labels)} --labels")
     if not names:
         raise ConfigError("it does not name its classes; --classes FILE does, one a line")
     if task.templates:
@@ -314,7 +363,7 @@ def read_suite(where: str, data_dir: str | None) -> list[Task]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         listed = content["tasks"] if isinstance(content, dict) else None
-        if not isinstance(listed, list) or not all(isinstance(one, dict) and "path" in one for one in listed):
+        if not isinstance(listed, list) or not listed or not all(isinstance(o, dict) and "path" in o for o in listed):
             raise ValueError("it needs a list tasks, each with a path")
     except FileNotFoundError:
         raise ConfigError(f"--suite {where} is no file, and none of {', '.join(own)}") from None
@@ -328,14 +377,17 @@ def read_suite(where: str, data_dir: str | None) -> list[Task]:
 
 
 def _typed(task: Mapping[str, Any]) -> Task:
-    lists: dict[str, Any] = {"labels": tuple(map(str, task.get("labels", ()))), "clips": bool(task.get("clips", False))}
-    given: dict[str, Any] = {key: str(value) for key, value in task.items() if key not in lists}
+    labels = task.get("labels") or ()
+    listed = [part.strip() for part in labels.split(",")] if isinstance(labels, str) else labels
+    lists: dict[str, Any] = {"labels": tuple(map(str, listed)), "clips": bool(task.get("clips", False))}
+    given: dict[str, Any] = {key: str(value) for key, value in task.items() if key not in lists and value is not None}
     return Task(**given, **lists)
 
 
 def _below(task: Task, folder: Path) -> Task:
     def place(name: str) -> str:
-        return name if not name or "://" in name else str(folder / name)
+        listed = name.split("::") if name else []
+        return "::".join(part if "://" in part else str(folder / Path(part).expanduser()) for part in listed)
 
     own = folder / task.templates
     prompts = str(own) if own.is_file() else task.templates
