@@ -109,8 +109,9 @@ def open_collection(
     if "{" in where or "::" in where or where.endswith(ARCHIVES):
         return Shards(expand_shards(where, None, where, store))
     if not where.startswith(REMOTE) and not Path(where).expanduser().is_dir():
+        wrong = "is a file of another kind" if Path(where).expanduser().exists() else "does not exist"
         raise DataError(
-            f"{where} does not exist; name shards (a pattern such as 'val/{{000..009}}.tar' or their directory), a "
+            f"{where} {wrong}; name shards (a pattern such as 'val/{{000..009}}.tar' or their directory), a "
             "directory of CLIP_benchmark's layout, a folder of images, or a .csv or .tsv"
         )
     where = resolve(where, None).rstrip("/")

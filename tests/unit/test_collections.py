@@ -159,6 +159,7 @@ def test_names_are_found_in_a_list_of_classes() -> None:
     ("where", "message"),
     [
         ("nowhere", "does not exist; name shards"),
+        ("one.jpg", "is a file of another kind; name shards"),
         ("empty", "holds no images"),
         ("{0..3}.tar", "4 of 4 shards do not exist, first .*0.tar$"),
         ("gone.csv", "cannot be read: No such file"),
@@ -167,6 +168,7 @@ def test_names_are_found_in_a_list_of_classes() -> None:
 )
 def test_what_is_not_there_is_one_line(where: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    fill(tmp_path, "one.jpg")
     (tmp_path / "blank.csv").write_text("image,label\n")
     with pytest.raises(DataError, match=message) as caught:
         open_collection(f"{tmp_path}/{where}")

@@ -71,8 +71,8 @@ def remove(directory: Path) -> None:
 def build_index(vectors: Vectors, kind: str) -> Settings:
     """Build an index in the vectors' directory, and measure its recall.
 
-    The same each time on the same kind of machine, on however many threads: faiss builds graphs so since 1.15; before,
-    they depended on which thread came first. Raises ConfigError without faiss.
+    The same each time on the same kind of machine, on however many threads, with faiss 1.15.1; in older ones a graph
+    may depend on which thread came first. Raises ConfigError without faiss.
     """
     faiss = require_faiss()
     count, dim = len(vectors), vectors.made.dim
