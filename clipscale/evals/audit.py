@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,15 +49,15 @@ class Spread:
 
 
 def rates(
-    true: Sequence[bool], groups: Sequence[str | None], units: Sequence[str], small: int, seed: int = 0
+    true: Sequence[bool], groups: Sequence[str | None], units: Sequence[Hashable], small: int, seed: int = 0
 ) -> Spread:
     """Of N images: whether something is so, their group (or None), and the unit that each belongs to.
 
     Groups of fewer than ``small`` units are small. Intervals are percentiles of the rate when units are drawn with
-    replacement; where all images of a group agree, which leaves nothing to draw, they are Wilson's.
+    replacement; where all units of a group have the same rate, which leaves nothing to draw, they are Wilson's.
     """
     # Of every (unit, group): how many images, and of how many it is so.
-    counted: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    counted: dict[tuple[Hashable, str], list[int]] = defaultdict(lambda: [0, 0])
     for so, group, unit in zip(true, groups, units, strict=True):
         if group is not None:
             cell = counted[unit, group]
@@ -80,8 +80,8 @@ def rates(
 def _rate(units: NDArray[np.float64], small: int, seed: int) -> Rate:
     images, so = units.sum(0)
     rate = so / images
-    if so in (0, images):
-        low, high = wilson(int(so > 0) * len(units), len(units))
+    if np.ptp(units[:, 1] / units[:, 0]) == 0:
+        low, high = wilson(rate, len(units))
     else:
         low, high = interval(_drawn_again(units, seed))
     return Rate(int(images), len(units), float(rate), low, high, len(units) < small)
@@ -114,9 +114,9 @@ def _gaps_by_chance(
     return found
 
 
-def wilson(so: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927), which is no point even where all agree."""
-    share, z = so / count, _Z**2 / count
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of ``count`` (Wilson 1927), which is no point even where all agree."""
+    z = _Z**2 / count
     middle = (share + z / 2) / (1 + z)
     half = math.sqrt(share * (1 - share) * z + z * z / 4) / (1 + z)
     return max(middle - half, 0.0), min(middle + half, 1.0)

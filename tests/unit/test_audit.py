@@ -49,7 +49,16 @@ def test_images_that_belong_together_count_as_one() -> None:
 
 def test_where_all_agree_the_interval_is_no_point() -> None:
     found = rates([True] * 10, ["a"] * 10, [str(place) for place in range(10)], 30).groups["a"]
-    assert found.small and (found.low, found.high) == wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-3)
+    assert found.small and (found.low, found.high) == wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-3)
+
+
+def test_where_all_units_are_alike_the_interval_is_no_point() -> None:
+    """One person with a right picture and a wrong one says next to nothing of others."""
+    alone = rates([True, False], ["a", "a"], ["she", "she"], 30).groups["a"]
+    assert alone.units == 1 and (alone.low, alone.high) == wilson(0.5, 1)
+    assert alone.high - alone.low > 0.8
+    ten = rates([True, False] * 10, ["a"] * 20, [n // 2 for n in range(20)], 30).groups["a"]
+    assert ten.units == 10 and (ten.low, ten.high) == wilson(0.5, 10)
 
 
 def test_a_gap_is_held_against_chance() -> None:
