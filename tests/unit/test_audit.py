@@ -106,6 +106,18 @@ def test_groups_come_from_fields_patterns_and_tables(tmp_path: Path) -> None:
     assert of(member(name="ear: medium-dark skin tone")) == "medium-dark" and of(member(name="ear")) is None
     _, of = parse_group(f"mine={tmp_path / 'groups.csv'}")
     assert of(member()) == "first" and of(Member("k2", {})) is None
+    assert of(Member("shard.tar/dir/other", {})) == "second", "the last part of a key"
+    (tmp_path / "deep.csv").write_text("key,group\ndir/k1,first\n")
+    _, of = parse_group(f"mine={tmp_path / 'deep.csv'}")
+    assert of(Member("shard.tar/dir/k1", {})) == "first", "a key holds slashes of its own"
+
+
+def test_a_blank_is_no_group() -> None:
+    """Neither spaces nor what a pattern finds of no length; half a surrogate pair could be written to no page."""
+    _, of = parse_group("sex=json:sex")
+    assert of(member(sex="  ")) is None and of(member(sex="\ud800x")) == "?x"
+    _, of = parse_group("sex=json:name~^([a-z]*)")
+    assert of(member(name="A b")) is None
 
 
 @pytest.mark.parametrize(
@@ -116,12 +128,16 @@ def test_groups_come_from_fields_patterns_and_tables(tmp_path: Path) -> None:
         ("tone=json:name~dark", "into parentheses"),
         ("tone=absent.csv", "cannot be read"),
         ("tone=WIDE.csv", "every row needs two columns"),
+        ("tone=BARE.csv", "must be the heading key,group, and is 000,dark"),
+        ("tone=TWICE.csv", "000 is in two groups, 'dark' and 'light'"),
     ],
 )
 def test_wrong_groups_are_one_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "WIDE.csv").write_text("key,group,more\n1,2,3\n")
+    (tmp_path / "BARE.csv").write_text("000,dark\n001,light\n")
+    (tmp_path / "TWICE.csv").write_text("key,group\n000,dark\n000,light\n")
     with pytest.raises(ClipscaleError, match=message):
-        parse_group(text.replace("WIDE.csv", str(tmp_path / "WIDE.csv")))
+        parse_group(re.sub("[A-Z]+.csv", lambda name: str(tmp_path / name[0]), text))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +147,22 @@ def test_wrong_label_files_are_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "labels.yaml").write_text(content)
     with pytest.raises(ClipscaleError, match=r"--labels .*labels\.yaml"):
         read_labels(tmp_path / "labels.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("groups: {a: [x], b: [y], c: z}\nattributes: {d: [w]}", "c needs a list"),
+        ("groups: {a: [x], b: []}\nattributes: {d: [w]}", "b needs a list"),
+        ("groups: {a: [x], b: [no]}\nattributes: {d: [w]}", "b holds False, which is no word; put it in quotes"),
+        ("groups: {a: [x], b: [y]}\nattributes: {d: [' ']}", "d holds ' '"),
+        ("groups: {a: [x], b: [y, ]}\nattributes: {d: [~]}", "d holds None"),
+    ],
+)
+def test_no_word_is_left_out_in_silence(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "words.yaml").write_text(content)
+    with pytest.raises(ClipscaleError, match=rf"--words .*words\.yaml: {message}"):
+        read_words(tmp_path / "words.yaml")
 
 
 def test_words_are_whole_ones(tmp_path: Path) -> None:
