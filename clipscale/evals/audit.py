@@ -138,19 +138,23 @@ class Association:
     pmi: float | None
 
 
-def associate(group: NDArray[np.bool_], attribute: NDArray[np.bool_], others: NDArray[np.bool_]) -> Association:
-    """Of N captions: which name the group, which have the attribute, which name another group. Captions that name
-    several groups say nothing about their difference, and are left out.
+def associate(
+    group: NDArray[np.bool_], attribute: NDArray[np.bool_], others: NDArray[np.bool_], count: NDArray[np.int64]
+) -> Association:
+    """Of captions of N kinds, ``count`` Int64[N] of each: which name the group, which have the attribute, which name
+    another group. Captions that name several groups say nothing about their difference, and are left out.
 
     The log of the odds ratio has half a caption added to each count (Haldane 1956, Anscombe 1956), and Woolf's standard
     error (1955).
     """
+
+    def of(kinds: NDArray[np.bool_]) -> int:
+        return int(count[kinds].sum())
+
     group, rest = group & ~others, others & ~group
-    both, named = int((group & attribute).sum()), int(group.sum())
-    with_it, without = int((rest & attribute).sum()), int((rest & ~attribute).sum())
-    cells = [count + 0.5 for count in (both, named - both, with_it, without)]
+    both, named, with_it = of(group & attribute), of(group), of(rest & attribute)
+    cells = [cell + 0.5 for cell in (both, named - both, with_it, of(rest) - with_it)]
     value = math.log(cells[0] / cells[1]) - math.log(cells[2] / cells[3])
     half = _Z * math.sqrt(sum(1 / cell for cell in cells))
-    expected = named * int(attribute.sum())
-    pmi = math.log2(both * len(group) / expected) if both else None
+    pmi = math.log2(both * int(count.sum()) / (named * of(attribute))) if both else None
     return Association(both, named, value, value - half, value + half, pmi)

@@ -84,14 +84,16 @@ def test_associations_are_odds_ratios() -> None:
     group = np.array([True] * 100 + [False] * 100 + [True] * 10)
     other = np.array([False] * 100 + [True] * 100 + [True] * 10)
     has = np.array([True] * 40 + [False] * 60 + [True] * 10 + [False] * 90 + [True] * 10)
-    found = associate(group, has, other)
+    found = associate(group, has, other, np.ones(210, np.int64))
     assert (found.both, found.named) == (40, 100), "captions that name both are left out"
     assert found.log_odds == pytest.approx(math.log((40.5 / 60.5) / (10.5 / 90.5)))
     assert found.high - found.low == pytest.approx(
         2 * 1.96 * (1 / 40.5 + 1 / 60.5 + 1 / 10.5 + 1 / 90.5) ** 0.5, rel=1e-4
     )
     assert found.pmi == pytest.approx(math.log2(40 * 210 / (100 * 60)))
-    assert associate(other, ~has & group, group).pmi is None
+    assert associate(other, ~has & group, group, np.ones(210, np.int64)).pmi is None
+    kinds, count = np.unique(np.stack([group, has, other]), axis=1, return_counts=True)
+    assert associate(*kinds, count) == found, "captions of a kind may be counted together"
 
 
 def member(**fields: object) -> Member:
@@ -271,6 +273,24 @@ def test_captions_are_counted_once_a_sample(place: Path) -> None:
     texts = [sample(n)["txt"].decode().split() for n in range(60)]
     texts[7] = ["a", "red", "thing"]
     assert found["groups"] == {name: sum(name in text for text in texts) for name in ("red", "green")}
+
+
+def test_words_are_looked_for_in_one_caption_at_a_time(tmp_path: Path) -> None:
+    """A phrase lies in one caption; accents and hyphens may be written in several ways."""
+    captions = [["a café in red", "hat of a man"], ["woman in a red  hat"], ["cafe\N{COMBINING ACUTE ACCENT} man"],
+                ["a red\N{NON-BREAKING HYPHEN}hat man"], ["MAN, red hat"], []]  # fmt: skip
+    members = [(f"{n}", {"json": json.dumps({"captions": each}).encode()}) for n, each in enumerate(captions)]
+    write_shard(tmp_path / "captions.tar", members)
+    (tmp_path / "words.yaml").write_text(
+        "groups: {man: [man], woman: [woman]}\nattributes: {hat: [red hat, hat, hat], place: [café], bare: [cafe, red hat]}"
+    )
+    words = read_words(tmp_path / "words.yaml")
+    found = count_words(open_collection(str(tmp_path / "captions.tar")), "json:captions", words)
+    assert (found["samples"], found["without_caption"]) == (5, 1)
+    assert found["groups"] == {"man": 4, "woman": 1}
+    assert found["attributes"] == {"hat": 3, "place": 2, "bare": 2}
+    one = found["associations"]["man"]["bare"]
+    assert (one["both"], one["named"]) == (1, 4) and one["pmi"] == pytest.approx(math.log2(1 * 5 / (4 * 2)))
 
 
 @pytest.mark.parametrize(

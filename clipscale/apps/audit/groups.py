@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from clipscale.data.samples import BadSample, Member, find_field
 from clipscale.errors import ConfigError, DataError
 
 GroupOf = Callable[[Member], str | None]
+_HYPHENS = {0x2010: "-", 0x2011: "-"}
 
 
 def parse_group(text: str) -> tuple[str, GroupOf]:
@@ -115,9 +117,14 @@ def read_words(path: Path) -> Words:
     return Words(*({name: _any_of(words) for name, words in part.items()} for part in (groups, attributes)))
 
 
+def plain(text: str) -> str:
+    """Text in the form that words are looked for in: an accent written by itself would end a word before it."""
+    return unicodedata.normalize("NFC", text).translate(_HYPHENS)
+
+
 def _any_of(words: list[str]) -> re.Pattern[str]:
     """Any of these as whole words; a hyphen belongs to a word: `light` does not stand in `medium-light`."""
-    listed = "|".join(r"\s+".join(map(re.escape, word.split())) for word in sorted(words, key=len, reverse=True))
+    listed = "|".join(r"\s+".join(map(re.escape, plain(word).split())) for word in words)
     return re.compile(rf"(?<![\w-])(?:{listed})(?![\w-])", re.IGNORECASE)
 
 
