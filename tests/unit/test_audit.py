@@ -282,7 +282,8 @@ def test_words_are_looked_for_in_one_caption_at_a_time(tmp_path: Path) -> None:
     members = [(f"{n}", {"json": json.dumps({"captions": each}).encode()}) for n, each in enumerate(captions)]
     write_shard(tmp_path / "captions.tar", members)
     (tmp_path / "words.yaml").write_text(
-        "groups: {man: [man], woman: [woman]}\nattributes: {hat: [red hat, hat, hat], place: [café], bare: [cafe, red hat]}"
+        "groups: {man: [man], woman: [woman]}\n"
+        "attributes: {hat: [red hat, hat, hat], place: [café], bare: [cafe, red hat]}"
     )
     words = read_words(tmp_path / "words.yaml")
     found = count_words(open_collection(str(tmp_path / "captions.tar")), "json:captions", words)
@@ -298,8 +299,55 @@ def test_words_are_looked_for_in_one_caption_at_a_time(tmp_path: Path) -> None:
     [
         (Options(["a=json:absent"]), "no image of .* belongs to a group"),
         (Options(["a=json:label"], captions="x"), "--captions and --words go together"),
+        (Options(["a=json:label"], answer_key="json:absent"), "can be used, .*no_absent; check --answer-key"),
+        (Options(["a=json:label"], unit="json:absent"), "--unit json:absent: no image of .* has it"),
     ],
 )
 def test_mistakes_are_one_line(options: Options, message: str, place: Path) -> None:
     with pytest.raises(ClipscaleError, match=message):
         audit(str(place / "model"), str(place / "00000.tar"), options, None, "cpu", as_json=True)
+
+
+def test_where_units_are_missing_an_image_is_its_own(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody's images are neither one person's nor left out."""
+    people = ["she", "she", "he", None, None, "", "absent"]
+    fields = [{"g": "all"} | ({} if who == "absent" else {"who": who}) for who in people]
+    write_shard(
+        tmp_path / "p.tar", [(f"{n}", sample(n) | {"json": json.dumps(f).encode()}) for n, f in enumerate(fields)]
+    )
+    options = Options(["g=json:g"], unit="json:who", small=1)
+    found = audit(str(place / "model"), str(tmp_path / "p.tar"), options, None, "cpu", as_json=True)
+    assert (found["images"], found["unusable"], found["units"]) == (7, 0, 6)
+
+
+def test_the_first_caption_of_a_folder_is_the_text(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(sample(number)["jpg"])
+        (tmp_path / f"{number}.txt").write_text(f"a thing\nthing number {number}\n")
+    (tmp_path / "groups.csv").write_text("key,group\n0.jpg,a\n1.jpg,b\n")
+    options = Options([f"g={tmp_path / 'groups.csv'}"])
+    found = audit(str(place / "model"), str(tmp_path), options, None, "cpu", as_json=True)
+    assert found["accuracy"]["texts"] == 1 and found["accuracy"]["overall"]["rate"] == 1
+
+
+def test_labels_outside_the_classes_are_one_line(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / "test" / "nshards.txt").write_text("1")
+    write_shard(tmp_path / "test" / "0.tar", [(f"{n}", sample(n) | {"cls": b"%d" % n}) for n in range(3)])
+    with pytest.raises(ClipscaleError, match="run from 0 to 2, and it names 2 classes"):
+        audit(str(place / "model"), str(tmp_path), Options(["a=json:label"]), None, "cpu", as_json=True)
+
+
+def test_damaged_shards_are_told(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shard(tmp_path / "cut.tar", [(f"{n}", sample(n)) for n in range(9)])
+    whole = (tmp_path / "cut.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    cut = str(tmp_path / "cut.tar")
+    options = Options(["a=json:label"], captions=cut, words=place / "words.yaml")
+    audit(str(place / "model"), cut, options, None, "cpu", as_json=True)
+    assert capsys.readouterr().err.count("warning: shard cut.tar") == 2

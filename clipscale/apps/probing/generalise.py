@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,13 +26,15 @@ from clipscale.apps.probing.sets import (
     images_of,
     labels_at,
     open_labelled,
+    texts_at,
+    warn_of_damage,
     watched,
 )
-from clipscale.data.collections import Collection, listed_captions
+from clipscale.data.collections import Collection
 from clipscale.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from clipscale.data.evalset import Changed, EvalItem, EvalSet
 from clipscale.data.order import permutation
-from clipscale.data.samples import BadSample, Member, find_captions, find_field
+from clipscale.data.samples import Member
 from clipscale.distributed.collectives import rank
 from clipscale.errors import ConfigError
 from clipscale.evals.generalisation import Measured, Part, Question, gap, quarters
@@ -111,23 +112,11 @@ def _split(name: str) -> str:
     return "train" if name == "train" else "test"
 
 
-def _texts(sample: Member, key: str) -> list[str]:
-    """The texts that are right for an image. Raises BadSample where there are none."""
-    if key == "txt":  # of which collections have one a line
-        if not (found := listed_captions(sample)):
-            raise BadSample("no_caption")
-        return found
-    value = find_field(sample, key)
-    return find_captions(sample, key) if isinstance(value, list) else [str(value)]
-
-
 def _read(question: Question, collection: Collection, options: Options, name: str) -> _Set:
-    answer: Callable[[Member], Any] = partial(_texts, key=options.text_key)
+    answer: Callable[[Member], Any] = partial(texts_at, key=options.text_key)
     if question.classes is not None:
         answer = labels_at(options.label_key, collection)
-    if not rank():
-        for shard, damage in collection.about.damaged.items():
-            print(f"warning: shard {shard} {damage}", file=sys.stderr)
+    warn_of_damage(collection)
     images = images_of(collection, question.context.model, answer, digest)
     keys = "--text-key" if question.classes is None else "--label-key"
     with explaining(name, keys), watched(question.context, name) as shown:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from clipscale.apps.probing.sets import (
     images_of,
     labels_at,
     open_labelled,
+    warn_of_damage,
     watched,
 )
 from clipscale.data.collections import Collection
@@ -104,8 +104,7 @@ def probe(
 
 def _features(context: EvalContext, collection: Collection, options: Options, name: str) -> tuple[Labelled, int]:
     """What was encoded of a set, and how many samples could not be used."""
-    for shard, damage in ({} if rank() else collection.about.damaged).items():
-        print(f"warning: shard {shard} {damage}", file=sys.stderr)
+    warn_of_damage(collection)
     images = images_of(collection, context.model, labels_at(options.label_key, collection))
     with explaining(name, "--label-key"), watched(context, name) as shown:
         features, items, bad = shown.encode_images(images, projected=options.embedding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,9 +15,9 @@ from rich.progress import Progress
 
 from clipscale.apps.evaluation.tasks import read_class_file
 from clipscale.config.data import Data
-from clipscale.data.collections import IMAGE_KEYS, Collection, Table, open_collection
+from clipscale.data.collections import IMAGE_KEYS, Collection, Table, listed_captions, open_collection
 from clipscale.data.evalset import EvalSet
-from clipscale.data.samples import Member, find_label
+from clipscale.data.samples import BadSample, Member, find_captions, find_field, find_label
 from clipscale.data.table import is_table
 from clipscale.distributed.collectives import rank
 from clipscale.errors import DataError
@@ -47,6 +48,22 @@ def labels_at(key: str | None, collection: Collection) -> Callable[[Member], int
 def _label(sample: Member, key: str | None) -> int:
     usual = LABEL_KEYS[0] if LABEL_KEYS[0] in sample.members else LABEL_KEYS[1]
     return find_label(sample, key or usual)
+
+
+def texts_at(sample: Member, key: str) -> list[str]:
+    """The texts at ``key`` that are right for an image. Raises BadSample where there are none."""
+    if key == "txt":  # of which collections have one a line
+        if not (found := listed_captions(sample)):
+            raise BadSample("no_caption")
+        return found
+    value = find_field(sample, key)
+    return find_captions(sample, key) if isinstance(value, list) else [str(value)]
+
+
+def warn_of_damage(collection: Collection) -> None:
+    """Say on stderr what is wrong with its archives; the first rank does."""
+    for shard, damage in ({} if rank() else collection.about.damaged).items():
+        print(f"warning: shard {shard} {damage}", file=sys.stderr)
 
 
 @contextmanager
