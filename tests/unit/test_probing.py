@@ -168,7 +168,53 @@ def test_what_is_wrong_is_one_line(tiny_model: Path, data: Path, tmp_path: Path)
         probe(model, train, test, Options(classes=tmp_path / "two.txt"), "cpu", None, False)
     with pytest.raises(ConfigError, match="--shifted sketches: give NAME=DATASET"):
         generalise(model, train, test, tmp_path, Gap(shifted=["sketches"]), "cpu", None, False)
+    for name in ("train", "held out", "again"):
+        with pytest.raises(ConfigError, match=f"--shifted {name}=…: another set has this name"):
+            generalise(model, train, test, tmp_path, Gap(shifted=[f"{name}=x", "again=y"]), "cpu", None, False)
+    with pytest.raises(ConfigError, match=r"two\.txt is no directory"):
+        generalise(model, train, test, tmp_path / "two.txt", Gap(), "cpu", None, False)
     with pytest.raises(DataError, match=r"train: none of 70 .* no_title; check --text-key"):
         generalise(model, train, test, tmp_path, Gap(text_key="json:title"), "cpu", None, False)
+    with pytest.raises(DataError, match=r"--shots 16: class '0' has 10 training images"):
+        probe(model, train, test, Options(few=[1, 16]), "cpu", None, False)
     with pytest.raises(DataError, match=r"train: none of 70 .* no_kind; check --label-key"):
         probe(model, train, test, Options(label_key="json:kind"), "cpu", None, False)
+
+
+def test_a_folder_of_fewer_classes_is_not_taken_for_the_others(tiny_model: Path, tmp_path: Path) -> None:
+    """Labels of folders are places among their names: with a folder less, all behind it would mean another class."""
+    for place, names in (("train", "abc"), ("test", "bc")):
+        for number, name in enumerate(names * 2):
+            (tmp_path / place / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / place / name / f"{number}.jpg").write_bytes(jpeg(number))
+    train, test, file = str(tmp_path / "train"), str(tmp_path / "test"), tmp_path / "classes.txt"
+    file.write_text("a\nb\nc\n")
+    with pytest.raises(DataError, match=r"different classes \(a\)"):
+        probe(str(tiny_model), train, test, Options(classes=file), "cpu", None, False)
+    for wrong in ("b\na\nc\n", "a\nb\n"):
+        file.write_text(wrong)
+        with pytest.raises(DataError, match="are not those of the data in their order"):
+            probe(str(tiny_model), train, train, Options(classes=file), "cpu", None, False)
+
+
+def test_labels_without_names_are_those_that_occur(tiny_model: Path, tmp_path: Path) -> None:
+    """They may begin at 1 and have holes: no class stands for a number that nobody has."""
+    labels = [1, 7, 1000000]
+    for name, first in (("train", 0), ("test", 30)):
+        members = [
+            (f"{n:03d}", sample(n) | {"json": json.dumps({"label": labels[n % 3]}).encode()})
+            for n in range(first, first + 30)
+        ]
+        write_shard(tmp_path / f"{name}.tar", members)
+    train, test = str(tmp_path / "train.tar"), str(tmp_path / "test.tar")
+    found = probe(str(tiny_model), train, test, Options(k=1), "cpu", None, False)
+    assert found["classes"] == 3 and found["chance"] == pytest.approx(1 / 3)
+
+
+def test_images_that_were_trained_on_are_told(tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train, test = str(data / "train"), str(data / "held-out.tar")
+    found = probe(str(tiny_model), train, test, Options(val=test, k=1), "cpu", None, True)
+    assert found["seen_in_training"] == {"val": 1, "test": 24}
+    told = " ".join(capsys.readouterr().err.split())
+    assert "warning: 1 of 24 images of --val are in --train too" in told
+    assert "warning: 24 of 24 images of --test are in --train or --val too" in told

@@ -13,6 +13,7 @@ from typing import Any
 import rich.console
 import rich.table
 import torch
+from rich.markup import escape
 from rich.progress import track
 
 from clipscale.apps.asking import ask
@@ -86,6 +87,11 @@ def generalise(
     """
     if wrong := next((one for one in options.shifted if not all(one.partition("="))), None):
         raise ConfigError(f"--shifted {wrong}: give NAME=DATASET")
+    names = [one.partition("=")[0] for one in options.shifted]
+    if taken := next((one for one in names if one in ("train", "held out") or names.count(one) > 1), None):
+        raise ConfigError(f"--shifted {taken}=…: another set has this name; choose one of its own")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is no directory; choose another")
     if options.most < 1:
         raise ConfigError(f"--most {options.most}: damage one image or more")
     context = ask(where, device, batch_size)
@@ -199,13 +205,13 @@ def _write(out: Path, told: dict[str, Any], sets: dict[str, _Set], found: Sequen
 
 def _print(told: dict[str, Any], out: Path) -> None:
     metrics = list(told["gap"])
-    table = rich.table.Table("", "images", *(f"{metric}, %" for metric in metrics), title=told["model"])
+    table = rich.table.Table("", "images", *(f"{metric}, %" for metric in metrics), title=escape(told["model"]))
     for column in table.columns[1:]:
         column.justify = "right"
 
     def row(name: str, scores: dict[str, Any]) -> None:
         parts = [scores[metric] for metric in metrics]
-        table.add_row(name, f"{parts[0]['count'] if parts[0] else 0:,}", *map(_cell, parts))
+        table.add_row(escape(name), f"{parts[0]['count'] if parts[0] else 0:,}", *map(_cell, parts))
 
     for name, scores in told["scores"].items():
         row({"train": "training, a sample"}.get(name, name), scores)

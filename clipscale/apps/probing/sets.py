@@ -95,19 +95,25 @@ def check_labels(labels: Sequence[int], count: int, name: str) -> None:
 def class_names(path: Path | None, *collections: Collection) -> Classes | None:
     """Class names and prompts from a file, or else from what data sets tell of themselves; None where neither does.
 
-    Raises DataError where they tell of different classes.
+    Raises DataError where they tell of different classes, or of others than the file.
     """
+    told = {collection.about.classes: collection.about for collection in collections if collection.about.classes}
+    if len(told) > 1:
+        one, other = list(told)[:2]
+        differing = ", ".join(sorted(set(one) ^ set(other))[:3]) or "in another order"
+        raise DataError(f"the data sets have different classes ({differing}): a label means another one in each")
     if path is not None:
         content = read_class_file(str(path))
         names, prompts = [str(name) for name in content["classnames"]], content.get("templates")
+        for listed in told:  # which may have other names for the same classes
+            if len(names) != len(listed) or (names != list(listed) and set(names) == set(listed)):
+                raise DataError(
+                    f"--classes {path}: its {len(names)} classes ({', '.join(names[:3])}, …) are not those of the data "
+                    f"in their order, {len(listed)} ({', '.join(listed[:3])}, …): a label would mean another class"
+                )
     else:
-        told = {collection.about.classes: collection.about for collection in collections if collection.about.classes}
         if not told:
             return None
-        if len(told) > 1:
-            one, other = list(told)[:2]
-            differing = ", ".join(sorted(set(one) ^ set(other))[:3])
-            raise DataError(f"the data sets have different classes ({differing}): a label means another one in each")
-        ((listed, about),) = told.items()
-        names, prompts = list(listed), about.templates
+        ((tells, about),) = told.items()
+        names, prompts = list(tells), about.templates
     return Classes(names, usable(prompts or templates("simple"), str(path or "the data set")), {})
