@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from clipscale.evals.bootstrap import DRAWS, interval
+from clipscale.evals.bootstrap import DRAWS, NORMAL, interval, wilson
 
-_Z = 1.959963984540054  # of a normal distribution, 95 % lie within as many deviations
 _AT_ONCE = 1 << 22  # counts held at a time
 
 
@@ -114,14 +113,6 @@ def _gaps_by_chance(
     return found
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of ``count`` (Wilson 1927), which is no point even where all agree."""
-    z = _Z**2 / count
-    middle = (share + z / 2) / (1 + z)
-    half = math.sqrt(share * (1 - share) * z + z * z / 4) / (1 + z)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
-
-
 @dataclass(frozen=True)
 class Association:
     """How often a caption that names a group, and no other one, also has an attribute's words.
@@ -155,6 +146,6 @@ def associate(
     both, named, with_it = of(group & attribute), of(group), of(rest & attribute)
     cells = [cell + 0.5 for cell in (both, named - both, with_it, of(rest) - with_it)]
     value = math.log(cells[0] / cells[1]) - math.log(cells[2] / cells[3])
-    half = _Z * math.sqrt(sum(1 / cell for cell in cells))
+    half = NORMAL * math.sqrt(sum(1 / cell for cell in cells))
     pmi = math.log2(both * int(count.sum()) / (named * of(attribute))) if both else None
     return Association(both, named, value, value - half, value + half, pmi)

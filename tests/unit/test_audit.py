@@ -22,7 +22,8 @@ from clipscale.config import compose
 from clipscale.data.collections import open_collection
 from clipscale.data.samples import Member
 from clipscale.errors import ClipscaleError
-from clipscale.evals.audit import associate, rates, wilson
+from clipscale.evals.audit import associate, rates
+from clipscale.evals.bootstrap import wilson
 from clipscale.models import build_model
 from tests.peers import scramble
 from tests.shards import sample, write_shard
@@ -265,6 +266,7 @@ def test_the_page_does_what_it_says(place: Path, tmp_path: Path, monkeypatch: py
             Path(out).write_text(result.stdout)
     assert Path("audit.html").exists()
     card = Path("exported", "README.md").read_text()
+    assert "Of model with 12 images" in card, "whose numbers they are: a card may be given those of another model"
     assert "| first* | 1 |" in card and "Labels of" not in card and "No gap is given" in card
 
 

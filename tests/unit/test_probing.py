@@ -18,7 +18,7 @@ from clipscale.apps.probing.probe import Options, probe
 from clipscale.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from clipscale.data.evalset import EvalItem
 from clipscale.errors import ConfigError, DataError
-from clipscale.evals.generalisation import Question, gap, quarters
+from clipscale.evals.generalisation import Part, Question, gap, quarters
 from tests.shards import jpeg, sample, write_shard, write_shards
 
 
@@ -61,6 +61,13 @@ def test_the_gap_of_equal_sets_is_nothing() -> None:
     assert value == 0 and low < 0 < high
     value, low, _ = gap(torch.ones(400), hits)
     assert value == 0.75 and low > 0.7
+
+
+def test_a_few_images_that_all_agree_are_not_sure() -> None:
+    for hit in (0.0, 1.0):
+        part = Part.of(torch.full((3,), hit, dtype=torch.float64))
+        assert part is not None and part.value == hit and part.high - part.low > 0.5
+    assert Part.of(torch.zeros(0)) is None
 
 
 def test_quarters_are_by_value() -> None:
@@ -117,6 +124,7 @@ def test_generalise(tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest
     options = Gap(shifted=[f"again={held_out}"], text_key="json:name", most=10)
     found = generalise(str(tiny_model), train, held_out, tmp_path / "out", options, "cpu", None, True)
     told = capsys.readouterr()
+    assert "warning" not in told.err
     assert json.loads(told.out) == found == json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["question"] == "retrieval"
     counts = {name: scores["retrieval/i2t_r1"]["count"] for name, scores in found["scores"].items()}
@@ -151,6 +159,16 @@ def test_generalise_by_classes(tiny_model: Path, data: Path, tmp_path: Path) -> 
     found = generalise(str(tiny_model), str(data / "train"), held_out, tmp_path, options, "cpu", None, False)
     assert found["corruptions"] == {} and found["chance"]["train"]["zeroshot/top1"] == pytest.approx(1 / 7)
     assert found["scores"]["train"]["zeroshot/top1"]["count"] == 24
+
+
+def test_fewer_training_texts_are_told(
+    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = Gap(text_key="json:name", corruptions=False, shifted=["[/x]=" + str(data / "held-out.tar")])
+    train, held_out = str(data / "held-out.tar"), str(data / "train")
+    generalise(str(tiny_model), train, held_out, tmp_path, options, "cpu", None, False)
+    told = capsys.readouterr()
+    assert "warning: --train has 24 texts and --held-out 70" in told.err and "[/x]" in told.out
 
 
 def test_what_is_wrong_is_one_line(tiny_model: Path, data: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -100,6 +101,7 @@ def generalise(
     question = Question(context, class_names(options.classes, *opened.values()))
     sets = {name: _read(question, collection, options, name) for name, collection in opened.items()}
     measured = {name: question.measure(one.features, one.items) for name, one in sets.items() if name != "train"}
+    _warn_of_easier(question, sets)
     sampled = sets["train"].at(question.sample(sets["train"].items, sets["held out"].items, options.seed))
     measured = {"train": question.measure(*sampled)} | measured
     damaged = _damaged(question, sets["held out"], options) if options.corruptions else {}
@@ -112,6 +114,18 @@ def generalise(
     _write(out, told, sets, found)
     print(json.dumps(told)) if as_json else _print(told, out)
     return told
+
+
+def _warn_of_easier(question: Question, sets: dict[str, _Set]) -> None:
+    """Say that training images have fewer texts to choose from, where they do: the gap is then too large."""
+    known, asked = (len({item.fields[0][0] for item in sets[name].items}) if question.classes is None else 0
+                    for name in ("train", "held out"))  # fmt: skip
+    if known < asked and not rank():
+        print(
+            f"warning: --train has {known:,} texts and --held-out {asked:,}: among fewer an answer is easier, and the "
+            "gap larger than it is; name more of --train, or less of --held-out",
+            file=sys.stderr,
+        )
 
 
 def _split(name: str) -> str:

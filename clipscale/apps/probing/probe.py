@@ -32,7 +32,7 @@ from clipscale.data.collections import Collection
 from clipscale.distributed.collectives import rank
 from clipscale.errors import ConfigError
 from clipscale.evals import EvalContext
-from clipscale.evals.bootstrap import interval, resampled_means
+from clipscale.evals.bootstrap import share_interval
 from clipscale.evals.fewshot import Shots, draw_shots, few_shot
 from clipscale.evals.linear_probe import Labelled, hold_out, linear_probe
 from clipscale.evals.neighbours import choose_k, votes
@@ -71,7 +71,7 @@ class Score:
         """Of Float[N, K] and Int64[N]."""
         hits = (scores.argmax(dim=1) == labels).double()
         recalls = [hits[labels == label].mean().item() for label in labels.unique().tolist()]
-        return Score(hits.mean().item(), *interval(resampled_means(hits)), sum(recalls) / len(recalls))
+        return Score(hits.mean().item(), *share_interval(hits), sum(recalls) / len(recalls))
 
 
 def probe(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from clipscale.apps.evaluation.tasks import read_class_file
@@ -70,7 +71,7 @@ def warn_of_damage(collection: Collection) -> None:
 def watched(context: EvalContext, title: str) -> Iterator[EvalContext]:
     """The same context, whose encoding shows a bar on stderr."""
     with Progress(console=Console(stderr=True), transient=True, disable=bool(rank())) as bar:
-        task = bar.add_task(title, total=None)
+        task = bar.add_task(escape(title), total=None)
         yield replace(context, progress=lambda done, total: bar.update(task, completed=done, total=total))
 
 
