@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipscale.evals.bootstrap import DRAWS, interval
+from clipscale.evals.bootstrap import DRAWS, NORMAL, interval, wilson
 
-_Z = 1.959963984540054  # of a normal distribution, 95 % lie within as many deviations
 _AT_ONCE = 1 << 22  # counts held at a time
 
 
@@ -49,15 +48,15 @@ class Spread:
 
 
 def rates(
-    true: Sequence[bool], groups: Sequence[str | None], units: Sequence[str], small: int, seed: int = 0
+    true: Sequence[bool], groups: Sequence[str | None], units: Sequence[Hashable], small: int, seed: int = 0
 ) -> Spread:
     """Of N images: whether something is so, their group (or None), and the unit that each belongs to.
 
     Groups of fewer than ``small`` units are small. Intervals are percentiles of the rate when units are drawn with
-    replacement; where all images of a group agree, which leaves nothing to draw, they are Wilson's.
+    replacement; where all units of a group have the same rate, which leaves nothing to draw, they are Wilson's.
     """
     # Of every (unit, group): how many images, and of how many it is so.
-    counted: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    counted: dict[tuple[Hashable, str], list[int]] = defaultdict(lambda: [0, 0])
     for so, group, unit in zip(true, groups, units, strict=True):
         if group is not None:
             cell = counted[unit, group]
@@ -80,8 +79,8 @@ def rates(
 def _rate(units: NDArray[np.float64], small: int, seed: int) -> Rate:
     images, so = units.sum(0)
     rate = so / images
-    if so in (0, images):
-        low, high = wilson(int(so > 0) * len(units), len(units))
+    if np.ptp(units[:, 1] / units[:, 0]) == 0:
+        low, high = wilson(rate, len(units))
     else:
         low, high = interval(_drawn_again(units, seed))
     return Rate(int(images), len(units), float(rate), low, high, len(units) < small)
@@ -114,14 +113,6 @@ def _gaps_by_chance(
     return found
 
 
-def wilson(so: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927), which is no point even where all agree."""
-    share, z = so / count, _Z**2 / count
-    middle = (share + z / 2) / (1 + z)
-    half = math.sqrt(share * (1 - share) * z + z * z / 4) / (1 + z)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
-
-
 @dataclass(frozen=True)
 class Association:
     """How often a caption that names a group, and no other one, also has an attribute's words.
@@ -138,19 +129,23 @@ class Association:
     pmi: float | None
 
 
-def associate(group: NDArray[np.bool_], attribute: NDArray[np.bool_], others: NDArray[np.bool_]) -> Association:
-    """Of N captions: which name the group, which have the attribute, which name another group. Captions that name
-    several groups say nothing about their difference, and are left out.
+def associate(
+    group: NDArray[np.bool_], attribute: NDArray[np.bool_], others: NDArray[np.bool_], count: NDArray[np.int64]
+) -> Association:
+    """Of captions of N kinds, ``count`` Int64[N] of each: which name the group, which have the attribute, which name
+    another group. Captions that name several groups say nothing about their difference, and are left out.
 
     The log of the odds ratio has half a caption added to each count (Haldane 1956, Anscombe 1956), and Woolf's standard
     error (1955).
     """
+
+    def of(kinds: NDArray[np.bool_]) -> int:
+        return int(count[kinds].sum())
+
     group, rest = group & ~others, others & ~group
-    both, named = int((group & attribute).sum()), int(group.sum())
-    with_it, without = int((rest & attribute).sum()), int((rest & ~attribute).sum())
-    cells = [count + 0.5 for count in (both, named - both, with_it, without)]
+    both, named, with_it = of(group & attribute), of(group), of(rest & attribute)
+    cells = [cell + 0.5 for cell in (both, named - both, with_it, of(rest) - with_it)]
     value = math.log(cells[0] / cells[1]) - math.log(cells[2] / cells[3])
-    half = _Z * math.sqrt(sum(1 / cell for cell in cells))
-    expected = named * int(attribute.sum())
-    pmi = math.log2(both * len(group) / expected) if both else None
+    half = NORMAL * math.sqrt(sum(1 / cell for cell in cells))
+    pmi = math.log2(both * int(count.sum()) / (named * of(attribute))) if both else None
     return Association(both, named, value, value - half, value + half, pmi)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 DRAWS = 2000
 LEVEL = 0.95
+NORMAL = 1.959963984540054  # of a normal distribution, 95 % lie within as many deviations
 _AT_ONCE = 1 << 22  # counts held at a time
 
 
@@ -38,3 +40,18 @@ def interval(means: NDArray[np.float64], level: float = LEVEL) -> tuple[float, f
     """Where the middle ``level`` of resampled numbers lies."""
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def share_interval(hits: torch.Tensor) -> tuple[float, float]:
+    """The 95 % interval of the mean of Float[N] hits: the bootstrap's, or where all are alike Wilson's."""
+    if hits.min() == hits.max():
+        return wilson(hits[0].item(), len(hits))
+    return interval(resampled_means(hits))
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of ``count`` (Wilson 1927), which is no point even where all agree."""
+    z = NORMAL**2 / count
+    middle = (share + z / 2) / (1 + z)
+    half = math.sqrt(share * (1 - share) * z + z * z / 4) / (1 + z)
+    return max(middle - half, 0.0), min(middle + half, 1.0)

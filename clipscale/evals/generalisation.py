@@ -9,7 +9,7 @@ import torch
 
 from clipscale.data.evalset import EvalItem
 from clipscale.data.order import permutation
-from clipscale.evals.bootstrap import interval, resampled_means
+from clipscale.evals.bootstrap import interval, resampled_means, share_interval
 from clipscale.evals.protocol import EvalContext
 from clipscale.evals.retrieval import Matches, recall
 from clipscale.evals.zeroshot import Classes, classify
@@ -39,7 +39,7 @@ class Part:
         """Of Float64[N]; None of nothing."""
         if not len(hits):
             return None
-        return Part(hits.mean().item(), *interval(resampled_means(hits)), len(hits))
+        return Part(hits.mean().item(), *share_interval(hits), len(hits))
 
 
 @dataclass(frozen=True)

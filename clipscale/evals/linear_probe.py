@@ -78,11 +78,14 @@ class Regression:
         if len(self._present) < 2:
             raise DataError(f"a linear probe needs images of two classes or more, these are of {len(self._present)}")
         features = data.features.to(dtype)
+        if not features.isfinite().all():
+            raise DataError("a linear probe needs finite features, the model gives others: has its training diverged?")
         self._mean = features.mean(dim=0)
-        centred = features - self._mean
-        self._axes = torch.linalg.eigh(centred.T @ centred).eigenvectors
-        # The last column is the biases'.
-        self._inputs = F.pad(centred @ self._axes, (0, 1), value=1.0)
+        features = features - self._mean
+        self._axes = torch.linalg.eigh(features.T @ features).eigenvectors
+        # The last column is the biases'. Filled in place: beside the features, whole, there is one copy, not three.
+        self._inputs = features.new_ones(len(features), features.shape[1] + 1)
+        torch.mm(features, self._axes, out=self._inputs[:, :-1])
         self._chunk = max(1, CHUNK // len(self._present))
 
     def fit(self, c: float, iterations: int = ITERATIONS, tolerance: float = EXACT) -> Probe:

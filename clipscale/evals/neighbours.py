@@ -9,7 +9,8 @@ from clipscale.evals.linear_probe import Labelled, accuracy
 
 KS = (1, 2, 5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07
-CHUNK = 1024  # queries compared at a time
+CHUNK = 1024  # queries compared at a time, and fewer with so many images that their cosines would fill the memory
+COSINES = 1 << 27
 
 
 def votes(train: Labelled, queries: torch.Tensor, ks: tuple[int, ...], classes: int) -> dict[int, torch.Tensor]:
@@ -20,7 +21,7 @@ def votes(train: Labelled, queries: torch.Tensor, ks: tuple[int, ...], classes: 
     """
     known = F.normalize(train.features, dim=-1)
     found: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
-    for some in F.normalize(queries, dim=-1).split(CHUNK):
+    for some in F.normalize(queries, dim=-1).split(_at_once(len(known))):
         near = (some @ known.T).topk(min(max(ks), len(known)), dim=1)
         weights, labels = ((near.values - 1) / TEMPERATURE).exp().double(), train.labels[near.indices]
         for k in ks:
@@ -38,5 +39,9 @@ def choose_k(train: Labelled, held_out: Labelled, classes: int) -> tuple[int, di
 
 def nearest(train: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine Float[Q] and place Int64[Q] of the nearest of Float[N, D] to each of Float[Q, D]; both are normalised."""
-    best = [(some @ train.T).max(dim=1) for some in queries.split(CHUNK)]
+    best = [(some @ train.T).max(dim=1) for some in queries.split(_at_once(len(train)))]
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
+
+
+def _at_once(known: int) -> int:
+    return min(CHUNK, max(1, COSINES // known))

@@ -22,7 +22,8 @@ from clipscale.config import compose
 from clipscale.data.collections import open_collection
 from clipscale.data.samples import Member
 from clipscale.errors import ClipscaleError
-from clipscale.evals.audit import associate, rates, wilson
+from clipscale.evals.audit import associate, rates
+from clipscale.evals.bootstrap import wilson
 from clipscale.models import build_model
 from tests.peers import scramble
 from tests.shards import sample, write_shard
@@ -49,7 +50,16 @@ def test_images_that_belong_together_count_as_one() -> None:
 
 def test_where_all_agree_the_interval_is_no_point() -> None:
     found = rates([True] * 10, ["a"] * 10, [str(place) for place in range(10)], 30).groups["a"]
-    assert found.small and (found.low, found.high) == wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-3)
+    assert found.small and (found.low, found.high) == wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-3)
+
+
+def test_where_all_units_are_alike_the_interval_is_no_point() -> None:
+    """One person with a right picture and a wrong one says next to nothing of others."""
+    alone = rates([True, False], ["a", "a"], ["she", "she"], 30).groups["a"]
+    assert alone.units == 1 and (alone.low, alone.high) == wilson(0.5, 1)
+    assert alone.high - alone.low > 0.8
+    ten = rates([True, False] * 10, ["a"] * 20, [n // 2 for n in range(20)], 30).groups["a"]
+    assert ten.units == 10 and (ten.low, ten.high) == wilson(0.5, 10)
 
 
 def test_a_gap_is_held_against_chance() -> None:
@@ -75,14 +85,16 @@ def test_associations_are_odds_ratios() -> None:
     group = np.array([True] * 100 + [False] * 100 + [True] * 10)
     other = np.array([False] * 100 + [True] * 100 + [True] * 10)
     has = np.array([True] * 40 + [False] * 60 + [True] * 10 + [False] * 90 + [True] * 10)
-    found = associate(group, has, other)
+    found = associate(group, has, other, np.ones(210, np.int64))
     assert (found.both, found.named) == (40, 100), "captions that name both are left out"
     assert found.log_odds == pytest.approx(math.log((40.5 / 60.5) / (10.5 / 90.5)))
     assert found.high - found.low == pytest.approx(
         2 * 1.96 * (1 / 40.5 + 1 / 60.5 + 1 / 10.5 + 1 / 90.5) ** 0.5, rel=1e-4
     )
     assert found.pmi == pytest.approx(math.log2(40 * 210 / (100 * 60)))
-    assert associate(other, ~has & group, group).pmi is None
+    assert associate(other, ~has & group, group, np.ones(210, np.int64)).pmi is None
+    kinds, count = np.unique(np.stack([group, has, other]), axis=1, return_counts=True)
+    assert associate(*kinds, count) == found, "captions of a kind may be counted together"
 
 
 def member(**fields: object) -> Member:
@@ -97,6 +109,18 @@ def test_groups_come_from_fields_patterns_and_tables(tmp_path: Path) -> None:
     assert of(member(name="ear: medium-dark skin tone")) == "medium-dark" and of(member(name="ear")) is None
     _, of = parse_group(f"mine={tmp_path / 'groups.csv'}")
     assert of(member()) == "first" and of(Member("k2", {})) is None
+    assert of(Member("shard.tar/dir/other", {})) == "second", "the last part of a key"
+    (tmp_path / "deep.csv").write_text("key,group\ndir/k1,first\n")
+    _, of = parse_group(f"mine={tmp_path / 'deep.csv'}")
+    assert of(Member("shard.tar/dir/k1", {})) == "first", "a key holds slashes of its own"
+
+
+def test_a_blank_is_no_group() -> None:
+    """Neither spaces nor what a pattern finds of no length; half a surrogate pair could be written to no page."""
+    _, of = parse_group("sex=json:sex")
+    assert of(member(sex="  ")) is None and of(member(sex="\ud800x")) == "?x"
+    _, of = parse_group("sex=json:name~^([a-z]*)")
+    assert of(member(name="A b")) is None
 
 
 @pytest.mark.parametrize(
@@ -107,12 +131,16 @@ def test_groups_come_from_fields_patterns_and_tables(tmp_path: Path) -> None:
         ("tone=json:name~dark", "into parentheses"),
         ("tone=absent.csv", "cannot be read"),
         ("tone=WIDE.csv", "every row needs two columns"),
+        ("tone=BARE.csv", "must be the heading key,group, and is 000,dark"),
+        ("tone=TWICE.csv", "000 is in two groups, 'dark' and 'light'"),
     ],
 )
 def test_wrong_groups_are_one_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "WIDE.csv").write_text("key,group,more\n1,2,3\n")
+    (tmp_path / "BARE.csv").write_text("000,dark\n001,light\n")
+    (tmp_path / "TWICE.csv").write_text("key,group\n000,dark\n000,light\n")
     with pytest.raises(ClipscaleError, match=message):
-        parse_group(text.replace("WIDE.csv", str(tmp_path / "WIDE.csv")))
+        parse_group(re.sub("[A-Z]+.csv", lambda name: str(tmp_path / name[0]), text))
 
 
 @pytest.mark.parametrize(
@@ -122,6 +150,22 @@ def test_wrong_label_files_are_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "labels.yaml").write_text(content)
     with pytest.raises(ClipscaleError, match=r"--labels .*labels\.yaml"):
         read_labels(tmp_path / "labels.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("groups: {a: [x], b: [y], c: z}\nattributes: {d: [w]}", "c needs a list"),
+        ("groups: {a: [x], b: []}\nattributes: {d: [w]}", "b needs a list"),
+        ("groups: {a: [x], b: [no]}\nattributes: {d: [w]}", "b holds False, which is no word; put it in quotes"),
+        ("groups: {a: [x], b: [y]}\nattributes: {d: [' ']}", "d holds ' '"),
+        ("groups: {a: [x], b: [y, ]}\nattributes: {d: [~]}", "d holds None"),
+    ],
+)
+def test_no_word_is_left_out_in_silence(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "words.yaml").write_text(content)
+    with pytest.raises(ClipscaleError, match=rf"--words .*words\.yaml: {message}"):
+        read_words(tmp_path / "words.yaml")
 
 
 def test_words_are_whole_ones(tmp_path: Path) -> None:
@@ -222,6 +266,7 @@ def test_the_page_does_what_it_says(place: Path, tmp_path: Path, monkeypatch: py
             Path(out).write_text(result.stdout)
     assert Path("audit.html").exists()
     card = Path("exported", "README.md").read_text()
+    assert "Of model with 12 images" in card, "whose numbers they are: a card may be given those of another model"
     assert "| first* | 1 |" in card and "Labels of" not in card and "No gap is given" in card
 
 
@@ -232,13 +277,79 @@ def test_captions_are_counted_once_a_sample(place: Path) -> None:
     assert found["groups"] == {name: sum(name in text for text in texts) for name in ("red", "green")}
 
 
+def test_words_are_looked_for_in_one_caption_at_a_time(tmp_path: Path) -> None:
+    """A phrase lies in one caption; accents and hyphens may be written in several ways."""
+    captions = [["a café in red", "hat of a man"], ["woman in a red  hat"], ["cafe\N{COMBINING ACUTE ACCENT} man"],
+                ["a red\N{NON-BREAKING HYPHEN}hat man"], ["MAN, red hat"], []]  # fmt: skip
+    members = [(f"{n}", {"json": json.dumps({"captions": each}).encode()}) for n, each in enumerate(captions)]
+    write_shard(tmp_path / "captions.tar", members)
+    (tmp_path / "words.yaml").write_text(
+        "groups: {man: [man], woman: [woman]}\n"
+        "attributes: {hat: [red hat, hat, hat], place: [café], bare: [cafe, red hat]}"
+    )
+    words = read_words(tmp_path / "words.yaml")
+    found = count_words(open_collection(str(tmp_path / "captions.tar")), "json:captions", words)
+    assert (found["samples"], found["without_caption"]) == (5, 1)
+    assert found["groups"] == {"man": 4, "woman": 1}
+    assert found["attributes"] == {"hat": 3, "place": 2, "bare": 2}
+    one = found["associations"]["man"]["bare"]
+    assert (one["both"], one["named"]) == (1, 4) and one["pmi"] == pytest.approx(math.log2(1 * 5 / (4 * 2)))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (Options(["a=json:absent"]), "no image of .* belongs to a group"),
         (Options(["a=json:label"], captions="x"), "--captions and --words go together"),
+        (Options(["a=json:label"], answer_key="json:absent"), "can be used, .*no_absent; check --answer-key"),
+        (Options(["a=json:label"], unit="json:absent"), "--unit json:absent: no image of .* has it"),
     ],
 )
 def test_mistakes_are_one_line(options: Options, message: str, place: Path) -> None:
     with pytest.raises(ClipscaleError, match=message):
         audit(str(place / "model"), str(place / "00000.tar"), options, None, "cpu", as_json=True)
+
+
+def test_where_units_are_missing_an_image_is_its_own(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody's images are neither one person's nor left out."""
+    people = ["she", "she", "he", None, None, "", "absent"]
+    fields = [{"g": "all"} | ({} if who == "absent" else {"who": who}) for who in people]
+    write_shard(
+        tmp_path / "p.tar", [(f"{n}", sample(n) | {"json": json.dumps(f).encode()}) for n, f in enumerate(fields)]
+    )
+    options = Options(["g=json:g"], unit="json:who", small=1)
+    found = audit(str(place / "model"), str(tmp_path / "p.tar"), options, None, "cpu", as_json=True)
+    assert (found["images"], found["unusable"], found["units"]) == (7, 0, 6)
+
+
+def test_the_first_caption_of_a_folder_is_the_text(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(sample(number)["jpg"])
+        (tmp_path / f"{number}.txt").write_text(f"a thing\nthing number {number}\n")
+    (tmp_path / "groups.csv").write_text("key,group\n0.jpg,a\n1.jpg,b\n")
+    options = Options([f"g={tmp_path / 'groups.csv'}"])
+    found = audit(str(place / "model"), str(tmp_path), options, None, "cpu", as_json=True)
+    assert found["accuracy"]["texts"] == 1 and found["accuracy"]["overall"]["rate"] == 1
+
+
+def test_labels_outside_the_classes_are_one_line(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / "test" / "nshards.txt").write_text("1")
+    write_shard(tmp_path / "test" / "0.tar", [(f"{n}", sample(n) | {"cls": b"%d" % n}) for n in range(3)])
+    with pytest.raises(ClipscaleError, match="run from 0 to 2, and it names 2 classes"):
+        audit(str(place / "model"), str(tmp_path), Options(["a=json:label"]), None, "cpu", as_json=True)
+
+
+def test_damaged_shards_are_told(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shard(tmp_path / "cut.tar", [(f"{n}", sample(n)) for n in range(9)])
+    whole = (tmp_path / "cut.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    cut = str(tmp_path / "cut.tar")
+    options = Options(["a=json:label"], captions=cut, words=place / "words.yaml")
+    audit(str(place / "model"), cut, options, None, "cpu", as_json=True)
+    assert capsys.readouterr().err.count("warning: shard cut.tar") == 2

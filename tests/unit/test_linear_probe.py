@@ -75,6 +75,13 @@ def test_absent_classes_are_never_the_answer() -> None:
         Regression(data.at(torch.nonzero(data.labels == 3).flatten()), 5)
 
 
+def test_features_that_are_not_finite_are_one_line() -> None:
+    data = clouds(20)
+    data.features[3, 3] = torch.nan
+    with pytest.raises(DataError, match="finite features"):
+        Regression(data, 5)
+
+
 @pytest.mark.parametrize("peak", [-48, -31, 0, 5, 48])
 def test_the_search_finds_the_peak_of_a_hill(peak: int) -> None:
     tried = []
@@ -150,11 +157,16 @@ def test_the_number_of_neighbours_is_chosen() -> None:
     assert scores[k] == accuracy(votes(train, held_out.features, (k,), 5)[k], held_out.labels)
 
 
-def test_the_nearest_is_found_in_chunks() -> None:
+def test_the_nearest_is_found_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     features = torch.nn.functional.normalize(torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     cosine, place = nearest(features, features[:2500])
     assert place.tolist() == list(range(2500))
     torch.testing.assert_close(cosine, torch.ones(2500))
+    train = Labelled(features, torch.arange(3000) % 5)
+    whole = votes(train, features[:50], (3,), 5)[3]
+    monkeypatch.setattr("clipscale.evals.neighbours.COSINES", 7 * 3000)  # as if there were far more images
+    assert nearest(features, features[:50])[1].tolist() == list(range(50))
+    torch.testing.assert_close(votes(train, features[:50], (3,), 5)[3], whole, rtol=1e-4, atol=1e-5)
 
 
 def test_the_interval_of_a_share_is_the_binomials() -> None:

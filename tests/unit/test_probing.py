@@ -18,7 +18,7 @@ from clipscale.apps.probing.probe import Options, probe
 from clipscale.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from clipscale.data.evalset import EvalItem
 from clipscale.errors import ConfigError, DataError
-from clipscale.evals.generalisation import Question, gap, quarters
+from clipscale.evals.generalisation import Part, Question, gap, quarters
 from tests.shards import jpeg, sample, write_shard, write_shards
 
 
@@ -61,6 +61,13 @@ def test_the_gap_of_equal_sets_is_nothing() -> None:
     assert value == 0 and low < 0 < high
     value, low, _ = gap(torch.ones(400), hits)
     assert value == 0.75 and low > 0.7
+
+
+def test_a_few_images_that_all_agree_are_not_sure() -> None:
+    for hit in (0.0, 1.0):
+        part = Part.of(torch.full((3,), hit, dtype=torch.float64))
+        assert part is not None and part.value == hit and part.high - part.low > 0.5
+    assert Part.of(torch.zeros(0)) is None
 
 
 def test_quarters_are_by_value() -> None:
@@ -117,6 +124,7 @@ def test_generalise(tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest
     options = Gap(shifted=[f"again={held_out}"], text_key="json:name", most=10)
     found = generalise(str(tiny_model), train, held_out, tmp_path / "out", options, "cpu", None, True)
     told = capsys.readouterr()
+    assert "warning" not in told.err
     assert json.loads(told.out) == found == json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["question"] == "retrieval"
     counts = {name: scores["retrieval/i2t_r1"]["count"] for name, scores in found["scores"].items()}
@@ -153,6 +161,16 @@ def test_generalise_by_classes(tiny_model: Path, data: Path, tmp_path: Path) -> 
     assert found["scores"]["train"]["zeroshot/top1"]["count"] == 24
 
 
+def test_fewer_training_texts_are_told(
+    tiny_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = Gap(text_key="json:name", corruptions=False, shifted=["[/x]=" + str(data / "held-out.tar")])
+    train, held_out = str(data / "held-out.tar"), str(data / "train")
+    generalise(str(tiny_model), train, held_out, tmp_path, options, "cpu", None, False)
+    told = capsys.readouterr()
+    assert "warning: --train has 24 texts and --held-out 70" in told.err and "[/x]" in told.out
+
+
 def test_what_is_wrong_is_one_line(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     model, train, test = str(tiny_model), str(data / "train"), str(data / "held-out.tar")
     with pytest.raises(ConfigError, match="--shots 1;2: give numbers"):
@@ -168,7 +186,53 @@ def test_what_is_wrong_is_one_line(tiny_model: Path, data: Path, tmp_path: Path)
         probe(model, train, test, Options(classes=tmp_path / "two.txt"), "cpu", None, False)
     with pytest.raises(ConfigError, match="--shifted sketches: give NAME=DATASET"):
         generalise(model, train, test, tmp_path, Gap(shifted=["sketches"]), "cpu", None, False)
+    for name in ("train", "held out", "again"):
+        with pytest.raises(ConfigError, match=f"--shifted {name}=…: another set has this name"):
+            generalise(model, train, test, tmp_path, Gap(shifted=[f"{name}=x", "again=y"]), "cpu", None, False)
+    with pytest.raises(ConfigError, match=r"two\.txt is no directory"):
+        generalise(model, train, test, tmp_path / "two.txt", Gap(), "cpu", None, False)
     with pytest.raises(DataError, match=r"train: none of 70 .* no_title; check --text-key"):
         generalise(model, train, test, tmp_path, Gap(text_key="json:title"), "cpu", None, False)
+    with pytest.raises(DataError, match=r"--shots 16: class '0' has 10 training images"):
+        probe(model, train, test, Options(few=[1, 16]), "cpu", None, False)
     with pytest.raises(DataError, match=r"train: none of 70 .* no_kind; check --label-key"):
         probe(model, train, test, Options(label_key="json:kind"), "cpu", None, False)
+
+
+def test_a_folder_of_fewer_classes_is_not_taken_for_the_others(tiny_model: Path, tmp_path: Path) -> None:
+    """Labels of folders are places among their names: with a folder less, all behind it would mean another class."""
+    for place, names in (("train", "abc"), ("test", "bc")):
+        for number, name in enumerate(names * 2):
+            (tmp_path / place / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / place / name / f"{number}.jpg").write_bytes(jpeg(number))
+    train, test, file = str(tmp_path / "train"), str(tmp_path / "test"), tmp_path / "classes.txt"
+    file.write_text("a\nb\nc\n")
+    with pytest.raises(DataError, match=r"different classes \(a\)"):
+        probe(str(tiny_model), train, test, Options(classes=file), "cpu", None, False)
+    for wrong in ("b\na\nc\n", "a\nb\n"):
+        file.write_text(wrong)
+        with pytest.raises(DataError, match="are not those of the data in their order"):
+            probe(str(tiny_model), train, train, Options(classes=file), "cpu", None, False)
+
+
+def test_labels_without_names_are_those_that_occur(tiny_model: Path, tmp_path: Path) -> None:
+    """They may begin at 1 and have holes: no class stands for a number that nobody has."""
+    labels = [1, 7, 1000000]
+    for name, first in (("train", 0), ("test", 30)):
+        members = [
+            (f"{n:03d}", sample(n) | {"json": json.dumps({"label": labels[n % 3]}).encode()})
+            for n in range(first, first + 30)
+        ]
+        write_shard(tmp_path / f"{name}.tar", members)
+    train, test = str(tmp_path / "train.tar"), str(tmp_path / "test.tar")
+    found = probe(str(tiny_model), train, test, Options(k=1), "cpu", None, False)
+    assert found["classes"] == 3 and found["chance"] == pytest.approx(1 / 3)
+
+
+def test_images_that_were_trained_on_are_told(tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train, test = str(data / "train"), str(data / "held-out.tar")
+    found = probe(str(tiny_model), train, test, Options(val=test, k=1), "cpu", None, True)
+    assert found["seen_in_training"] == {"val": 1, "test": 24}
+    told = " ".join(capsys.readouterr().err.split())
+    assert "warning: 1 of 24 images of --val are in --train too" in told
+    assert "warning: 24 of 24 images of --test are in --train or --val too" in told

@@ -25,14 +25,15 @@ def _section(found: Mapping[str, Any]) -> str:
     measured = {"accuracy": found["accuracy"]}
     measured |= {f"labelled {name}": of for name, of in found.get("labels", {}).get("sets", {}).items()}
     parts = [
-        f"Of {found['images']:,} images, with 95 % intervals over {found['units']:,} units. Accuracy: an image's own "
+        f"Of {_plain(found['model'])} with {found['images']:,} images, with 95 % intervals over {found['units']:,} "
+        "units. Accuracy: an image's own "
         f"text is the most similar of {found['accuracy']['texts']:,}. Groups of fewer than {found['small']} units are "
         "marked with *, and are in no gap. These numbers say what the model did with these images, not why."
     ]
     for name in found["groups"]:
         parts += [_table(name, measured), *_gaps(name, measured)]
     for name, of in found.get("labels", {}).get("sets", {}).items():
-        parts.append(f"Labels of {name}: {', '.join(map(_plain, of['labels']))}.")
+        parts.append(f"Labels of {_plain(name)}: {', '.join(map(_plain, of['labels']))}.")
     return "\n\n".join(parts) + "\n"
 
 

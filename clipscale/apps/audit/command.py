@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,12 @@ from rich.table import Table
 
 from clipscale.apps.asking import ask
 from clipscale.apps.audit.captions import count_words
-from clipscale.apps.audit.groups import Labels, parse_group, read_labels, read_words
+from clipscale.apps.audit.groups import Labels, parse_group, read_labels, read_words, text_at
 from clipscale.apps.explain.command import MOST_PIXELS, save
+from clipscale.apps.probing.sets import explaining, texts_at, warn_of_damage
 from clipscale.data.collections import IMAGE_KEYS, open_collection
-from clipscale.data.evalset import EvalItem, EvalSet
-from clipscale.data.samples import Member, find_captions, find_field
+from clipscale.data.evalset import EvalSet
+from clipscale.data.samples import Member, find_label
 from clipscale.distributed.collectives import rank
 from clipscale.errors import ConfigError, DataError
 from clipscale.evals import Classes, EvalContext
@@ -60,16 +61,24 @@ def audit(where: str, dataset: str, options: Options, out: Path | None, device: 
     words = read_words(options.words) if options.words else None
     context = ask(where, device, options.batch_size)
     samples = open_collection(dataset)
+    captions = open_collection(options.captions) if options.captions else None
+    warn_of_damage(samples)
     classes = samples.about.classes if options.answer_key is None else ()
-    answers = partial(_answer, key=options.answer_key or options.caption_key, classes=classes)
-    fields = [answers, partial(_unit, key=options.unit), *(_optional(of) for of in group_of.values())]
+    answers = _answers(options.answer_key or options.caption_key, classes)
+    fields = [answers, partial(_unit, key=options.unit), *group_of.values()]
     data = EvalSet(samples, IMAGE_KEYS, context.model.config.vision, MOST_PIXELS, fields)
-    image, items, bad = context.encode_images(data)
+    with explaining(dataset, "--answer-key and --caption-key"):
+        image, items, bad = context.encode_images(data)
+    own = [item.fields[0] for item in items]
+    if classes:
+        own = _class_names(own, classes, dataset)
     groups = {name: [item.fields[2 + place] for item in items] for place, name in enumerate(group_of)}
     for name, values in groups.items():
         if not any(values):
             raise DataError(f"--group {name}: no image of {dataset} belongs to a group; check the field or the keys")
-    units = [item.fields[1] or item.key for item in items]
+    if options.unit and not any(item.fields[1] for item in items):
+        raise DataError(f"--unit {options.unit}: no image of {dataset} has it; check the field")
+    units = [item.fields[1] or item.place for item in items]  # of its own, where the field is empty
     found: dict[str, Any] = {
         "model": Path(where).resolve().name if Path(where).exists() else where,
         "images": len(items),
@@ -81,14 +90,15 @@ def audit(where: str, dataset: str, options: Options, out: Path | None, device: 
     }
     found["accuracy"] = {
         "of": "class" if classes else options.answer_key or options.caption_key,
-        **_accuracy(context, image, items, groups, units, options.small),
+        **_accuracy(context, image, own, groups, units, options.small),
     }
     if labels is not None:
         found["labels"] = _associations(context, image, labels, groups, units, options.small)
     if rank() != 0:
         return found
-    if words is not None:
-        found["captions"] = count_words(open_collection(str(options.captions)), options.caption_key, words)
+    if words is not None and captions is not None:
+        warn_of_damage(captions)
+        found["captions"] = count_words(captions, options.caption_key, words)
     if out is not None:
         from clipscale.apps.audit.page import page
 
@@ -100,28 +110,33 @@ def audit(where: str, dataset: str, options: Options, out: Path | None, device: 
     return found
 
 
-def _answer(sample: Member, key: str, classes: Sequence[str]) -> str:
-    return classes[int(find_field(sample, "cls"))] if classes else find_captions(sample, key)[0]
+def _answers(key: str, classes: Sequence[str]) -> Callable[[Member], Any]:
+    """What finds the number of a sample's class, or where there are none its first text at ``key``."""
+    return partial(find_label, key="cls") if classes else lambda sample: texts_at(sample, key)[0]
+
+
+def _class_names(labels: Sequence[int], classes: Sequence[str], dataset: str) -> list[str]:
+    if not 0 <= min(labels) <= max(labels) < len(classes):
+        raise DataError(
+            f"the labels of {dataset} run from {min(labels)} to {max(labels)}, and it names {len(classes)} classes; "
+            "mend them, or say where a text for each image stands: --answer-key"
+        )
+    return [classes[label] for label in labels]
 
 
 def _unit(sample: Member, key: str | None) -> str | None:
-    return None if key is None else str(find_field(sample, key))
-
-
-def _optional(of: Any) -> Any:
-    return lambda sample: of(sample)
+    return None if key is None else text_at(sample, key)
 
 
 def _accuracy(
     context: EvalContext,
     image: torch.Tensor,
-    items: Sequence[EvalItem],
+    own: Sequence[str],
     groups: dict[str, list[str | None]],
-    units: Sequence[str],
+    units: Sequence[Hashable],
     small: int,
 ) -> dict[str, Any]:
     """Whether an image's own text is the most similar one of all texts of the data set."""
-    own = [item.fields[0] for item in items]
     texts = list(dict.fromkeys(own))
     best = _best(image, context.encode_captions(texts))
     right = [texts[place] == text for place, text in zip(best, own, strict=True)]
@@ -133,7 +148,7 @@ def _associations(
     image: torch.Tensor,
     labels: Labels,
     groups: dict[str, list[str | None]],
-    units: Sequence[str],
+    units: Sequence[Hashable],
     small: int,
 ) -> dict[str, Any]:
     """Which of the labels, of all sets together, is the most similar one (CLIP paper, section 7.1, tables 6 and 7)."""
@@ -165,7 +180,7 @@ def _best(image: torch.Tensor, texts: torch.Tensor) -> list[int]:
 
 
 def _by_group(
-    true: Sequence[bool], groups: dict[str, list[str | None]], units: Sequence[str], small: int
+    true: Sequence[bool], groups: dict[str, list[str | None]], units: Sequence[Hashable], small: int
 ) -> dict[str, Any]:
     overall = rates(true, ["all"] * len(true), units, small).groups["all"]
     spreads = {name: _ordered(rates(true, values, units, small), values) for name, values in groups.items()}
@@ -225,7 +240,8 @@ def _print_rates(console: rich.console.Console, title: str, of: dict[str, Any]) 
 
 
 def _print_words(console: rich.console.Console, found: dict[str, Any]) -> None:
-    title = f"captions of {found['samples']:,} training samples, log odds against captions that name other groups"
+    without = f" ({found['without_caption']:,} more have none)" if found["without_caption"] else ""
+    title = f"captions of {found['samples']:,} training samples{without}, log odds against captions of other groups"
     console.print(f"\n{title}", style="bold", soft_wrap=True)
     table = Table(box=None, padding=(0, 2, 0, 2))
     for heading in ("group", "attribute", "both", "of its", "log odds", "PMI, bits"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from clipscale.data.samples import BadSample, Member, find_field
 from clipscale.errors import ConfigError, DataError
 
 GroupOf = Callable[[Member], str | None]
+_HYPHENS = {0x2010: "-", 0x2011: "-"}
 
 
 def parse_group(text: str) -> tuple[str, GroupOf]:
@@ -30,41 +32,49 @@ def parse_group(text: str) -> tuple[str, GroupOf]:
         return name, _from_table(Path(where))
     field, _, pattern = where.partition("~")
     if not pattern:
-        return name, lambda sample: _field(sample, field)
+        return name, lambda sample: text_at(sample, field)
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"--group {text}: {pattern} is no regular expression ({error})") from None
     if compiled.groups < 1:
         raise ConfigError(f"--group {text}: put the part that names the group into parentheses")
-    return name, lambda sample: _first(compiled.search(_field(sample, field) or ""))
+    return name, lambda sample: _first(compiled.search(text_at(sample, field) or ""))
 
 
-def _field(sample: Member, field: str) -> str | None:
+def text_at(sample: Member, field: str) -> str | None:
+    """What stands in a field, as text; None where there is nothing."""
     try:
         value = find_field(sample, field)
     except BadSample:
         return None
-    return None if value is None or value == "" else str(value).strip()
+    # JSON may hold half a surrogate pair, which can be written nowhere.
+    return None if value is None else str(value).encode(errors="replace").decode().strip() or None
 
 
 def _first(match: re.Match[str] | None) -> str | None:
-    return match[1] if match else None
+    return match[1] or None if match else None
 
 
 def _from_table(path: Path) -> GroupOf:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"--group {path} cannot be read: {error}") from None
-    if not rows or len(rows[0]) != 2 or any(len(row) != 2 for row in rows):
+    if not rows or any(len(row) != 2 for row in rows):
         raise DataError(f"--group {path}: every row needs two columns, key,group")
-    table = {key.strip(): group.strip() for key, group in rows[1:]}
+    if rows[0][0].strip().lower() != "key":
+        raise DataError(f"--group {path}: its first row must be the heading key,group, and is {','.join(rows[0])}")
+    table: dict[str, str] = {}
+    for key, group in ((key.strip(), group.strip()) for key, group in rows[1:]):
+        if table.setdefault(key, group) != group:
+            raise DataError(f"--group {path}: {key} is in two groups, {table[key]!r} and {group!r}")
 
     def of(sample: Member) -> str | None:
-        # A key is the sample's own, or with the shard before it, as other tools write it.
-        return table.get(sample.key) or table.get(sample.key.rpartition("/")[2]) or None
+        # A key is the sample's own, with the shard before it or without, or the last part of it.
+        names = sample.key, sample.key.partition("/")[2], sample.key.rpartition("/")[2]
+        return next((table[name] for name in names if table.get(name)), None)
 
     return of
 
@@ -80,7 +90,7 @@ class Labels:
 def read_labels(path: Path) -> Labels:
     """``templates: [a photo of {}]`` and ``sets: {NAME: [label, …]}`` from a YAML or JSON file. Raises DataError."""
     content = _read(path, "--labels")
-    sets, templates = _lists(content.get("sets")), content.get("templates", ["{}"])
+    sets, templates = _lists(content.get("sets"), f"--labels {path}"), content.get("templates", ["{}"])
     usable = isinstance(templates, list) and templates and all(str(one).count("{}") == 1 for one in templates)
     if not sets or sum(map(len, sets.values())) < 2 or not usable:
         raise DataError(f"--labels {path} needs sets: {{NAME: [label, …]}}, and templates that hold {{}} once each")
@@ -101,15 +111,20 @@ class Words:
 def read_words(path: Path) -> Words:
     """``groups: {NAME: [word, …]}`` and ``attributes: {NAME: [word, …]}`` from YAML or JSON. Raises DataError."""
     content = _read(path, "--words")
-    groups, attributes = _lists(content.get("groups")), _lists(content.get("attributes"))
+    groups, attributes = (_lists(content.get(part), f"--words {path}") for part in ("groups", "attributes"))
     if len(groups) < 2 or not attributes:
         raise DataError(f"--words {path} needs two groups or more, and attributes: {{NAME: [word, …]}} of each")
     return Words(*({name: _any_of(words) for name, words in part.items()} for part in (groups, attributes)))
 
 
+def plain(text: str) -> str:
+    """Text in the form that words are looked for in: an accent written by itself would end a word before it."""
+    return unicodedata.normalize("NFC", text).translate(_HYPHENS)
+
+
 def _any_of(words: list[str]) -> re.Pattern[str]:
     """Any of these as whole words; a hyphen belongs to a word: `light` does not stand in `medium-light`."""
-    listed = "|".join(r"\s+".join(map(re.escape, word.split())) for word in sorted(words, key=len, reverse=True))
+    listed = "|".join(r"\s+".join(map(re.escape, plain(word).split())) for word in words)
     return re.compile(rf"(?<![\w-])(?:{listed})(?![\w-])", re.IGNORECASE)
 
 
@@ -123,9 +138,14 @@ def _read(path: Path, option: str) -> Mapping[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _lists(value: Any) -> dict[str, list[str]]:
-    """Names and their lists, without what is empty."""
-    if not isinstance(value, dict):
-        return {}
-    found = {str(name): [str(word) for word in words] for name, words in value.items() if isinstance(words, list)}
-    return {name: words for name, words in found.items() if words}
+def _lists(value: Any, where: str) -> dict[str, list[str]]:
+    """Lists of words by name. Raises DataError for a list that is none, and for what YAML takes for no word."""
+    found: dict[str, list[str]] = {}
+    for name, words in value.items() if isinstance(value, dict) else ():
+        if not isinstance(words, list) or not words:
+            raise DataError(f"{where}: {name} needs a list, [word, …], and has {words!r}")
+        for word in words:
+            if isinstance(word, bool) or not isinstance(word, (str, int, float)) or not str(word).strip():
+                raise DataError(f"{where}: {name} holds {word!r}, which is no word; put it in quotes, or take it out")
+        found[str(name)] = [str(word) for word in words]
+    return found

@@ -133,11 +133,12 @@ def _row(group: str, rate: Mapping[str, Any], overall: float, scale: float) -> s
 
 
 def _captions(found: Mapping[str, Any]) -> str:
+    without = f" ({found['without_caption']:,} more have no caption)" if found["without_caption"] else ""
     about = (
-        f'<p class="say">Of {found["samples"]:,} training samples, how often those whose captions name one group, and '
-        "no other, also have an attribute's words. The number is the log of the odds ratio against those that name "
-        "other groups: above 0, the attribute comes more often with this one. Coloured where the 95 % interval leaves "
-        "out 0.</p>"
+        f'<p class="say">Of {found["samples"]:,} training samples{without}, how often those whose captions name one '
+        "group, and no other, also have an attribute's words. The number is the log of the odds ratio against those "
+        "that name other groups: above 0, the attribute comes more often with this one. Coloured where the 95 % "
+        "interval leaves out 0.</p>"
     )
     names = list(found["attributes"])
     heads = "".join(f"<th>{escape(name)} ({found['attributes'][name]:,})</th>" for name in names)

@@ -11,6 +11,7 @@ from typing import Any
 
 import rich.console
 import rich.table
+from rich.markup import escape
 
 from clipscale.apps.asking import ask, here
 from clipscale.apps.probing.sets import images_of, watched
@@ -62,15 +63,15 @@ def _as_json(found: dict[str, list[Score]]) -> str:
 
 
 def _print(where: str, found: dict[str, list[Score]]) -> None:
-    table = rich.table.Table("", "questions", "right", "95 % interval", "chance", title=where)
+    table = rich.table.Table("", "questions", "right", "95 % interval", "chance", title=escape(where))
     for column in table.columns[1:]:
         column.justify = "right"
     for name, scores in found.items():
-        table.add_row(f"[bold]{name}")
+        table.add_row(f"[bold]{escape(name)}")
         for score in scores:
             chance = f"{score.chance:.1%}"
             told = f"{score.low:.1%} to {score.high:.1%}"
             style = "" if score.low > score.chance else "dim"  # no better than guessing, as far as one can tell
-            table.add_row(score.name, f"{score.count:,}", f"{score.value:.1%}", told, chance, style=style)
+            table.add_row(escape(score.name), f"{score.count:,}", f"{score.value:.1%}", told, chance, style=style)
         table.add_section()
     rich.console.Console().print(table)

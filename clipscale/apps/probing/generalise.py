@@ -14,6 +14,7 @@ from typing import Any
 import rich.console
 import rich.table
 import torch
+from rich.markup import escape
 from rich.progress import track
 
 from clipscale.apps.asking import ask
@@ -27,13 +28,15 @@ from clipscale.apps.probing.sets import (
     images_of,
     labels_at,
     open_labelled,
+    texts_at,
+    warn_of_damage,
     watched,
 )
-from clipscale.data.collections import Collection, listed_captions
+from clipscale.data.collections import Collection
 from clipscale.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from clipscale.data.evalset import Changed, EvalItem, EvalSet
 from clipscale.data.order import permutation
-from clipscale.data.samples import BadSample, Member, find_captions, find_field
+from clipscale.data.samples import Member
 from clipscale.distributed.collectives import rank
 from clipscale.errors import ConfigError
 from clipscale.evals.generalisation import Measured, Part, Question, gap, quarters
@@ -85,6 +88,11 @@ def generalise(
     """
     if wrong := next((one for one in options.shifted if not all(one.partition("="))), None):
         raise ConfigError(f"--shifted {wrong}: give NAME=DATASET")
+    names = [one.partition("=")[0] for one in options.shifted]
+    if taken := next((one for one in names if one in ("train", "held out") or names.count(one) > 1), None):
+        raise ConfigError(f"--shifted {taken}=…: another set has this name; choose one of its own")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is no directory; choose another")
     if options.most < 1:
         raise ConfigError(f"--most {options.most}: damage one image or more")
     context = ask(where, device, batch_size)
@@ -93,6 +101,7 @@ def generalise(
     question = Question(context, class_names(options.classes, *opened.values()))
     sets = {name: _read(question, collection, options, name) for name, collection in opened.items()}
     measured = {name: question.measure(one.features, one.items) for name, one in sets.items() if name != "train"}
+    _warn_of_easier(question, sets)
     sampled = sets["train"].at(question.sample(sets["train"].items, sets["held out"].items, options.seed))
     measured = {"train": question.measure(*sampled)} | measured
     damaged = _damaged(question, sets["held out"], options) if options.corruptions else {}
@@ -107,27 +116,27 @@ def generalise(
     return told
 
 
+def _warn_of_easier(question: Question, sets: dict[str, _Set]) -> None:
+    """Say that training images have fewer texts to choose from, where they do: the gap is then too large."""
+    known, asked = (len({item.fields[0][0] for item in sets[name].items}) if question.classes is None else 0
+                    for name in ("train", "held out"))  # fmt: skip
+    if known < asked and not rank():
+        print(
+            f"warning: --train has {known:,} texts and --held-out {asked:,}: among fewer an answer is easier, and the "
+            "gap larger than it is; name more of --train, or less of --held-out",
+            file=sys.stderr,
+        )
+
+
 def _split(name: str) -> str:
     return "train" if name == "train" else "test"
 
 
-def _texts(sample: Member, key: str) -> list[str]:
-    """The texts that are right for an image. Raises BadSample where there are none."""
-    if key == "txt":  # of which collections have one a line
-        if not (found := listed_captions(sample)):
-            raise BadSample("no_caption")
-        return found
-    value = find_field(sample, key)
-    return find_captions(sample, key) if isinstance(value, list) else [str(value)]
-
-
 def _read(question: Question, collection: Collection, options: Options, name: str) -> _Set:
-    answer: Callable[[Member], Any] = partial(_texts, key=options.text_key)
+    answer: Callable[[Member], Any] = partial(texts_at, key=options.text_key)
     if question.classes is not None:
         answer = labels_at(options.label_key, collection)
-    if not rank():
-        for shard, damage in collection.about.damaged.items():
-            print(f"warning: shard {shard} {damage}", file=sys.stderr)
+    warn_of_damage(collection)
     images = images_of(collection, question.context.model, answer, digest)
     keys = "--text-key" if question.classes is None else "--label-key"
     with explaining(name, keys), watched(question.context, name) as shown:
@@ -210,13 +219,13 @@ def _write(out: Path, told: dict[str, Any], sets: dict[str, _Set], found: Sequen
 
 def _print(told: dict[str, Any], out: Path) -> None:
     metrics = list(told["gap"])
-    table = rich.table.Table("", "images", *(f"{metric}, %" for metric in metrics), title=told["model"])
+    table = rich.table.Table("", "images", *(f"{metric}, %" for metric in metrics), title=escape(told["model"]))
     for column in table.columns[1:]:
         column.justify = "right"
 
     def row(name: str, scores: dict[str, Any]) -> None:
         parts = [scores[metric] for metric in metrics]
-        table.add_row(name, f"{parts[0]['count'] if parts[0] else 0:,}", *map(_cell, parts))
+        table.add_row(escape(name), f"{parts[0]['count'] if parts[0] else 0:,}", *map(_cell, parts))
 
     for name, scores in told["scores"].items():
         row({"train": "training, a sample"}.get(name, name), scores)

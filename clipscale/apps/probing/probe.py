@@ -12,9 +12,11 @@ from typing import Any
 import rich.console
 import rich.table
 import torch
+from rich.markup import escape
 from rich.progress import track
 
 from clipscale.apps.asking import ask
+from clipscale.apps.probing.contact import digest
 from clipscale.apps.probing.few_shot_plot import plot_few_shot
 from clipscale.apps.probing.sets import (
     check_labels,
@@ -23,14 +25,15 @@ from clipscale.apps.probing.sets import (
     images_of,
     labels_at,
     open_labelled,
+    warn_of_damage,
     watched,
 )
 from clipscale.data.collections import Collection
 from clipscale.distributed.collectives import rank
 from clipscale.errors import ConfigError
 from clipscale.evals import EvalContext
-from clipscale.evals.bootstrap import interval, resampled_means
-from clipscale.evals.fewshot import Shots, few_shot
+from clipscale.evals.bootstrap import share_interval
+from clipscale.evals.fewshot import Shots, draw_shots, few_shot
 from clipscale.evals.linear_probe import Labelled, hold_out, linear_probe
 from clipscale.evals.neighbours import choose_k, votes
 from clipscale.evals.zeroshot import Classes
@@ -68,7 +71,7 @@ class Score:
         """Of Float[N, K] and Int64[N]."""
         hits = (scores.argmax(dim=1) == labels).double()
         recalls = [hits[labels == label].mean().item() for label in labels.unique().tolist()]
-        return Score(hits.mean().item(), *interval(resampled_means(hits)), sum(recalls) / len(recalls))
+        return Score(hits.mean().item(), *share_interval(hits), sum(recalls) / len(recalls))
 
 
 def probe(
@@ -87,29 +90,62 @@ def probe(
     opened = {name: open_labelled(place, _SPLITS[name], options.label_key) for name, place in places.items()}
     classes = class_names(options.classes, *opened.values())
     encoded = {name: _features(context, collection, options, name) for name, collection in opened.items()}
-    parts = {name: part for name, (part, _) in encoded.items()}
-    known = max(int(part.labels.max()) for part in parts.values()) + 1
-    names = classes.names if classes is not None else [str(label) for label in range(known)]
+    parts = {name: one.part for name, one in encoded.items()}
+    known = torch.cat([part.labels for part in parts.values()]).unique()
     for name, part in parts.items():
-        check_labels(part.labels.tolist(), len(names), name)
+        check_labels(part.labels.tolist(), int(known[-1]) + 1 if classes is None else len(classes.names), name)
+    if classes is None:  # those that occur: labels may begin at 1, and have holes
+        names = [str(label) for label in known.tolist()]
+        parts = {name: Labelled(part.features, torch.searchsorted(known, part.labels)) for name, part in parts.items()}
+    else:
+        names = classes.names
     zeroshot = None if classes is None else _zeroshot(context, opened["test"], classes, options)
     if rank():
         return {}
-    found = _measure(parts, names, zeroshot, options) | {"unusable": {name: bad for name, (_, bad) in encoded.items()}}
+    seen = _seen(encoded)
+    found = _measure(parts, names, zeroshot, options)
+    found |= {"unusable": {name: one.bad for name, one in encoded.items()}, "seen_in_training": seen}
+    print(json.dumps(found)) if as_json else _print(where, found)
     if options.plot is not None:
         plot_few_shot(options.plot, found["few_shot"], found.get("zeroshot"), found["linear_probe"])
-    print(json.dumps(found)) if as_json else _print(where, found)
     return found
 
 
-def _features(context: EvalContext, collection: Collection, options: Options, name: str) -> tuple[Labelled, int]:
-    """What was encoded of a set, and how many samples could not be used."""
-    for shard, damage in ({} if rank() else collection.about.damaged).items():
-        print(f"warning: shard {shard} {damage}", file=sys.stderr)
-    images = images_of(collection, context.model, labels_at(options.label_key, collection))
+@dataclass(frozen=True)
+class _Encoded:
+    """The usable images of a set, a digest of each one's bytes, and how many samples could not be used."""
+
+    part: Labelled
+    digests: list[bytes]
+    bad: int
+
+
+def _seen(encoded: dict[str, _Encoded]) -> dict[str, int]:
+    """How many images of the other sets are training images, and how many of the test set validation images, byte for
+    byte; a warning where there are any."""
+    known: set[bytes] = set()
+    found = {}
+    for name in ("train", "val", "test"):
+        if name in encoded:
+            found[name] = sum(one in known for one in encoded[name].digests)
+            known.update(encoded[name].digests)
+    del found["train"]
+    for name, count in found.items():
+        if count:
+            others = "--train" if name == "val" or "val" not in encoded else "--train or --val"
+            total = len(encoded[name].digests)
+            print(f"warning: {count:,} of {total:,} images of --{name} are in {others} too: no test of them",
+                  file=sys.stderr)  # fmt: skip
+    return found
+
+
+def _features(context: EvalContext, collection: Collection, options: Options, name: str) -> _Encoded:
+    warn_of_damage(collection)
+    images = images_of(collection, context.model, labels_at(options.label_key, collection), digest)
     with explaining(name, "--label-key"), watched(context, name) as shown:
         features, items, bad = shown.encode_images(images, projected=options.embedding)
-    return Labelled(features, torch.tensor([item.fields[0] for item in items])), len(bad)
+    labels = torch.tensor([item.fields[0] for item in items])
+    return _Encoded(Labelled(features, labels), [item.fields[1] for item in items], len(bad))
 
 
 def _zeroshot(context: EvalContext, test: Collection, classes: Classes, options: Options) -> Score:
@@ -127,8 +163,10 @@ def _measure(
         everything = everything.with_(held_out)
     else:
         train, held_out = map(everything.at, hold_out(everything.labels, seed=options.seed))
+    for shots in options.few:  # that there are enough is known before the long work begins
+        draw_shots(everything.labels, names, shots, options.seed, 0)
     fitted, scores = linear_probe(train, held_out, len(names), dtype)
-    k = options.k or choose_k(train, held_out, len(names))[0]
+    k = min(options.k or choose_k(train, held_out, len(names))[0], len(everything.labels))
     found: dict[str, Any] = {
         "train_images": len(everything.labels), "test_images": len(test.labels), "classes": len(names),
         "features": "embedding" if options.embedding else "before the projection",
@@ -155,8 +193,8 @@ def _few(
 
 def _print(where: str, found: dict[str, Any]) -> None:
     title = (
-        f"{where}: {found['train_images']:,} training and {found['test_images']:,} test images, {found['classes']} "
-        f"classes, {found['dimensions']} features {found['features']}"
+        f"{escape(where)}: {found['train_images']:,} training and {found['test_images']:,} test images, "
+        f"{found['classes']} classes, {found['dimensions']} features {found['features']}"
     )
     if bad := ", ".join(f"{count:,} of {name}" for name, count in found["unusable"].items() if count):
         title += f"; could not be used: {bad}"
