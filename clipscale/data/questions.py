@@ -97,7 +97,11 @@ Row = tuple[str, tuple[str, ...], tuple[str, ...]]  # kind, image names, caption
 
 
 def _winoground(file: Path) -> Iterator[Row]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (ValueError, OSError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

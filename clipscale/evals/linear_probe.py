@@ -176,9 +176,15 @@ def choose_c(
     regression = Regression(train, classes, dtype)
 
     def score(c: float) -> tuple[float, ...]:
-        logits = regression.fit(c, tolerance=ROUGH).logits(held_out.features)
-        losses = F.cross_entropy(logits, held_out.labels, reduction="none")
-        return accuracy(logits, held_out.labels), -losses[losses.isfinite()].mean().item()
+        probe, step = regression.fit(c, tolerance=ROUGH), max(1, CHUNK // classes)
+        right, finite, total = 0, 0, 0.0
+        for features, labels in zip(held_out.features.split(step), held_out.labels.split(step), strict=True):
+            logits = probe.logits(features)
+            losses = F.cross_entropy(logits, labels, reduction="none")
+            losses = losses[losses.isfinite()]
+            right += int((logits.argmax(dim=1) == labels).sum())
+            finite, total = finite + len(losses), total + losses.sum().item()
+        return right / len(held_out.labels), -total / finite if finite else -torch.inf
 
     c, scores = sweep(score)
     return c, {tried: accurate for tried, (accurate, _) in scores.items()}

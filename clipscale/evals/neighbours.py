@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
-from clipscale.evals.linear_probe import Labelled, accuracy
+from clipscale.evals.linear_probe import Labelled
 
 KS = (1, 2, 5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07
@@ -19,21 +21,29 @@ def votes(train: Labelled, queries: torch.Tensor, ks: tuple[int, ...], classes: 
     A neighbour of cosine s gives exp((s - 1) / 0.07) to its own class (Wu et al. 2018, arXiv:1805.01978, section 3.4;
     Caron et al. 2021). ``queries`` Float[Q, D] and the training features are normalised here.
     """
+    parts = list(_votes(train, queries, ks, classes))
+    return {k: torch.cat([part[k] for part in parts]) for k in ks}
+
+
+def _votes(
+    train: Labelled, queries: torch.Tensor, ks: tuple[int, ...], classes: int
+) -> Iterator[dict[int, torch.Tensor]]:
     known = F.normalize(train.features, dim=-1)
-    found: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
     for some in F.normalize(queries, dim=-1).split(_at_once(len(known))):
         near = (some @ known.T).topk(min(max(ks), len(known)), dim=1)
         weights, labels = ((near.values - 1) / TEMPERATURE).exp().double(), train.labels[near.indices]
-        for k in ks:
-            given = weights.new_zeros(len(some), classes)
-            found[k].append(given.scatter_add_(1, labels[:, :k], weights[:, :k]))
-    return {k: torch.cat(parts) for k, parts in found.items()}
+        nothing = weights.new_zeros(len(some), classes)
+        yield {k: nothing.scatter_add(1, labels[:, :k], weights[:, :k]) for k in ks}
 
 
 def choose_k(train: Labelled, held_out: Labelled, classes: int) -> tuple[int, dict[int, float]]:
     """The number of neighbours that classifies held-out images best, and the accuracy of each; the fewest of equals."""
     ks = tuple(k for k in KS if k <= len(train.labels))
-    scores = {k: accuracy(v, held_out.labels) for k, v in votes(train, held_out.features, ks, classes).items()}
+    right = dict.fromkeys(ks, 0)
+    labels = held_out.labels.split(_at_once(len(train.labels)))
+    for part, answers in zip(_votes(train, held_out.features, ks, classes), labels, strict=True):
+        right = {k: right[k] + int((part[k].argmax(dim=1) == answers).sum()) for k in ks}
+    scores = {k: count / len(held_out.labels) for k, count in right.items()}
     return max(ks, key=lambda k: (scores[k], -k)), scores
 
 

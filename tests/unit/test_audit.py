@@ -236,8 +236,13 @@ def test_the_command_tells_all_of_it(place: Path, tmp_path: Path, capsys: pytest
     text = (tmp_path / "audit.html").read_text()
     page = Page(text)
     assert not page.open and not page.fetched and "<b>tall" not in text and "&lt;b&gt;tall" in text
-    audit(str(place / "model"), str(place / "00000.tar"), Options(["l=json:label"]), None, "cpu", as_json=False)
-    assert "accuracy, one of" in capsys.readouterr().out
+    plain = Options(["parity=json:name~([02468])$"])
+    with pytest.raises(ClipscaleError, match="cannot be written"):
+        audit(
+            str(place / "model"), str(place / "00000.tar"), plain, place / "words.yaml" / "x.html", "cpu", as_json=False
+        )
+    told = capsys.readouterr().out
+    assert "accuracy, one of" in told and "29 images are of no parity" in told, "numbers outlive a page"
 
 
 def test_the_page_does_what_it_says(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

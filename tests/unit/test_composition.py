@@ -135,6 +135,9 @@ def test_what_is_wrong_is_one_line(published: Path) -> None:
     (published / "sugarcrepe" / "add_att.json").write_text('{"0": {"filename": "a", "caption": "b"}}')
     with pytest.raises(DataError, match="entry 0: no negative_caption"):
         read_questions(published / "sugarcrepe", published / "val2017")
+    (published / "winoground" / "examples.jsonl").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"examples\.jsonl cannot be read"):
+        read_questions(published / "winoground")
     (published / "winoground" / "examples.jsonl").write_text('{"image_0": "a"}\n')
     with pytest.raises(DataError, match="line 1: no image_1"):
         read_questions(published / "winoground")

@@ -55,6 +55,9 @@ def test_large_sets_are_added_up_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     whole = Regression(clouds(40), 5).fit(0.1)
     monkeypatch.setattr("clipscale.evals.linear_probe.CHUNK", 5 * 33)
     parts = Regression(clouds(40), 5).fit(0.1)
+    c, scores = choose_c(clouds(40), clouds(20, seed=3), 5)
+    monkeypatch.undo()
+    assert (c, scores) == choose_c(clouds(40), clouds(20, seed=3), 5)
     assert parts.objective == pytest.approx(whole.objective, rel=1e-12)
     torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-4, atol=1e-6)
 
@@ -155,6 +158,12 @@ def test_the_number_of_neighbours_is_chosen() -> None:
     k, scores = choose_k(train, held_out, 5)
     assert scores[k] == max(scores.values()) and max(scores) <= 150
     assert scores[k] == accuracy(votes(train, held_out.features, (k,), 5)[k], held_out.labels)
+
+
+def test_held_out_images_of_other_classes_choose_nothing() -> None:
+    train, other = clouds(10, 3), clouds(4, 5)
+    c, scores = choose_c(train, other.at(torch.nonzero(other.labels > 2).flatten()), 5)
+    assert c == pytest.approx(1e-6) and set(scores.values()) == {0.0}
 
 
 def test_the_nearest_is_found_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

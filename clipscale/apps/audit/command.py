@@ -99,14 +99,16 @@ def audit(where: str, dataset: str, options: Options, out: Path | None, device: 
     if words is not None and captions is not None:
         warn_of_damage(captions)
         found["captions"] = count_words(captions, options.caption_key, words)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _print(found)
     if out is not None:
         from clipscale.apps.audit.page import page
 
         save(out, page(found).encode())
-    if as_json:
-        print(json.dumps(found))
-    else:
-        _print(found, out)
+        if not as_json:
+            print(out)
     return found
 
 
@@ -210,20 +212,21 @@ def gap_in_words(spread: Mapping[str, Any]) -> str:
     )
 
 
-def _print(found: dict[str, Any], out: Path | None) -> None:
+def _print(found: dict[str, Any]) -> None:
     console = rich.console.Console(highlight=False, emoji=False)
     console.print(
         f"{found['images']:,} images ({found['unusable']:,} unusable), {found['units']:,} units; 95 % intervals; "
         f"* marks groups of fewer than {found['small']} units",
         soft_wrap=True,
     )
+    for name, groups in found["groups"].items():
+        if none := found["images"] - sum(groups.values()):
+            console.print(f"{none:,} images are of no {name}", soft_wrap=True, markup=False)
     _print_rates(console, f"accuracy, one of {found['accuracy']['texts']:,} texts", found["accuracy"])
     for name, of in found.get("labels", {}).get("sets", {}).items():
         _print_rates(console, f"labelled {name}", of)
     if "captions" in found:
         _print_words(console, found["captions"])
-    if out is not None:
-        console.print(str(out), soft_wrap=True, markup=False)
 
 
 def _print_rates(console: rich.console.Console, title: str, of: dict[str, Any]) -> None:

@@ -124,7 +124,7 @@ def _seen(encoded: dict[str, _Encoded]) -> dict[str, int]:
     """How many images of the other sets are training images, and how many of the test set validation images, byte for
     byte; a warning where there are any."""
     known: set[bytes] = set()
-    found = {}
+    found: dict[str, int] = {}
     for name in ("train", "val", "test"):
         if name in encoded:
             found[name] = sum(one in known for one in encoded[name].digests)
