@@ -75,13 +75,16 @@ def submit(slurm: None, tmp_path: Path) -> Submit:
 
 
 def assert_undisturbed(job: Job, steps: int) -> None:
-    """The run of one process that nothing happens to has the same samples, and losses to three digits."""
+    """The run of one process that nothing happens to has the same samples, and for 1,500 steps losses to three digits.
+
+    Four processes round sums otherwise than one does, and training makes more of that with each step.
+    """
     arguments = recipe(job.path.parent, data())
     run(*arguments, f"total_samples={BATCH * steps}", "schedule=constant", "name=alone", timeout=900)
     alone = job.path.with_name("alone")
     ours, theirs = losses(job.path), losses(alone)
     assert keys(job.path) == keys(alone) and list(ours) == list(theirs)
-    assert max(abs(ours[seen] - theirs[seen]) for seen in theirs) < 1e-3
+    assert max(abs(ours[seen] - theirs[seen]) for seen in list(theirs)[:STEPS]) < 1e-3
 
 
 def test_two_nodes_train(submit: Submit) -> None:
