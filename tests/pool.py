@@ -81,5 +81,13 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
             answer = pickle.dumps((True, function(*args)))
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
+        _destroy_groups_of_the_job(dist)
         pipe.send_bytes(answer)
     dist.destroy_process_group()
+
+
+def _destroy_groups_of_the_job(dist: Any) -> None:
+    """Leave the group of all ranks alone: every gloo group polls its connections in a thread of its own."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
