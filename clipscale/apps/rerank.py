@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from clipscale.apps.data.examine import shown
-from clipscale.apps.data.jobs import whole
 from clipscale.apps.search.model import Towers, as_towers, open_towers
+from clipscale.apps.writing import whole
 from clipscale.config.data import Data
 from clipscale.data.collections import IMAGE_SUFFIXES
 from clipscale.data.folders import files_below

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from clipscale.apps.quantities import number
 from clipscale.apps.record import Record, differing, find_records, read_record
+from clipscale.apps.writing import whole
 from clipscale.errors import ConfigError
 
 OWN = ("name", "runs_dir")  # every run has its own
@@ -111,7 +112,7 @@ def table_of(sweep: Sweep) -> Table:
     return table
 
 
-def draw(sweep: Sweep, file: Path) -> None:
+def draw(sweep: Sweep, path: Path) -> None:
     """Write a picture (PNG): the objective over each varied key, the best run marked. Raises ConfigError where no run
     has an objective."""
     from matplotlib.figure import Figure
@@ -135,11 +136,8 @@ def draw(sweep: Sweep, file: Path) -> None:
     panels[0].set_ylabel(sweep.objective)
     best = ", ".join(f"{key}={sweep.varied[key][scored[0]]}" for key in keys)
     figure.suptitle(f"best: {values[0]:.4g} with {best}", fontsize=9, wrap=True)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=144)
-    except OSError as error:
-        raise ConfigError(f"--plot {file} cannot be written: {error.strerror}") from None
+    with whole(path) as file:
+        figure.savefig(file, format="png", dpi=144)
 
 
 def _places(panel: Any, values: Sequence[str]) -> list[float]:

@@ -7,14 +7,22 @@ else, down to the grain; and one, two or three alike objects, to be counted.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from clipscale.data.questions import EXAMPLES
-from clipscale.data.shapes import COLOURS, SHAPES, TEXTURES, SceneRandom, ShapesSpec, Thing, draw_scene, scene_jpeg
+from clipscale.data.shapes import (
+    COLOURS,
+    SHAPES,
+    TEXTURES,
+    SceneRandom,
+    ShapesSpec,
+    Thing,
+    draw_scene,
+    ensure_cached,
+    scene_jpeg,
+)
 
 PAIRS, COUNTS = "swaps", "counting"  # the two sets, each a directory
 SWAPPED = ("colour", "texture", "size", "place")
@@ -40,21 +48,10 @@ def write_compositions(directory: Path, per_kind: int = PER_KIND, image_size: in
 def ensure_compositions(image_size: int, root: Path | None = None) -> Path:
     """The directory of the questions for models of ``image_size``; writes them where it is absent, whole or not at all.
 
-    It lies in ``$XDG_CACHE_HOME`` or ``~/.cache`` unless ``root`` is given.
+    Raises OSError where it cannot be written. ``root`` is as of :func:`~clipscale.data.shapes.ensure_cached`.
     """
-    root = Path(root or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    final = root / "clipscale" / f"compositions-{VERSION}-{image_size}"
-    if not final.is_dir():
-        draft = final.with_name(f".{final.name}-{os.getpid()}")
-        try:
-            write_compositions(draft, image_size=image_size)
-            os.replace(draft, final)
-        except OSError:
-            if not final.is_dir():  # otherwise another process was first, with the same bytes
-                raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-    return final
+    name = f"compositions-{VERSION}-{image_size}"
+    return ensure_cached(name, lambda draft: write_compositions(draft, image_size=image_size), root)
 
 
 def _swaps(folder: Path, spec: ShapesSpec, kind: str, count: int) -> Iterator[dict[str, Any]]:

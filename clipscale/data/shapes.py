@@ -19,7 +19,7 @@ import shutil
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -379,14 +379,20 @@ def train_shards(spec: ShapesSpec) -> str:
 
 
 def ensure_shapes(spec: ShapesSpec, root: Path | None = None) -> Path:
-    """The directory of the spec's shards, `ROOT/clipscale/shapes-XXXXXXXX`; writes them where it is absent.
+    """The directory of a spec's shards, `shapes-XXXXXXXX`; writes them where it is absent (:func:`ensure_cached`)."""
+    identity = json.dumps({"format": FORMAT_VERSION, **asdict(spec)}, sort_keys=True)
+    name = f"shapes-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    return ensure_cached(name, lambda draft: write_shapes(draft, spec), root)
+
+
+def ensure_cached(name: str, write: Callable[[Path], object], root: Path | None = None) -> Path:
+    """The directory `ROOT/clipscale/NAME`; where it is absent, what ``write`` makes at the path that it is given.
 
     ROOT is `$XDG_CACHE_HOME` or `~/.cache` unless given. The directory appears whole or not at all; of processes that
-    race, each writes a copy and the first to finish wins.
+    race, each writes a copy, the same as every other's, and the first to finish wins.
     """
     root = Path(root or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    identity = json.dumps({"format": FORMAT_VERSION, **asdict(spec)}, sort_keys=True)
-    final = root / "clipscale" / f"shapes-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    final = root / "clipscale" / name
     if final.is_dir():
         return final
     for stale in final.parent.glob(f".{final.name}-*"):  # of a killed process; a living one needs seconds
@@ -395,7 +401,7 @@ def ensure_shapes(spec: ShapesSpec, root: Path | None = None) -> Path:
                 shutil.rmtree(stale, ignore_errors=True)
     draft = final.parent / f".{final.name}-{os.getpid()}-{time.time_ns()}"
     try:
-        write_shapes(draft, spec)
+        write(draft)
         os.replace(draft, final)
     except OSError:
         if not final.is_dir():  # otherwise another process was first, with the same bytes

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from clipscale.apps.data.jobs import MARKERS, Jobs, Tasks, share, whole_text
+from clipscale.apps.data.jobs import MARKERS, Jobs, Tasks, share
+from clipscale.apps.writing import whole_text
 from clipscale.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
@@ -353,3 +355,21 @@ def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file/.* cannot be written: Not a directory"):
         Jobs(tmp_path / "file", "tool", {}).run("step", str, {"a": "a"})
+
+
+def test_a_pipe_is_written_and_stays_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as threads:
+        read = threads.submit(pipe.read_text)
+        with whole_text(pipe) as out:
+            out.write("all of it")
+        assert read.result(10) == "all of it"
+    assert pipe.is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_this_directory_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"^\. cannot be written: "), whole_text(Path(".")) as out:
+        out.write("a page")
+    assert not list(tmp_path.iterdir())

@@ -18,8 +18,9 @@ from rich.table import Table
 from clipscale.apps.asking import ask
 from clipscale.apps.audit.captions import count_words
 from clipscale.apps.audit.groups import Labels, parse_group, read_labels, read_words, text_at
-from clipscale.apps.explain.command import MOST_PIXELS, save
+from clipscale.apps.explain.command import MOST_PIXELS
 from clipscale.apps.probing.sets import explaining, texts_at, warn_of_damage
+from clipscale.apps.writing import whole_text
 from clipscale.data.collections import IMAGE_KEYS, open_collection
 from clipscale.data.evalset import EvalSet
 from clipscale.data.samples import Member, find_label
@@ -106,7 +107,9 @@ def audit(where: str, dataset: str, options: Options, out: Path | None, device: 
     if out is not None:
         from clipscale.apps.audit.page import page
 
-        save(out, page(found).encode())
+        shown = page(found)
+        with whole_text(out) as file:
+            file.write(shown)
         if not as_json:
             print(out)
     return found

@@ -15,8 +15,9 @@ from typing import Any
 import rich.console
 import rich.table
 
-from clipscale.apps.data.jobs import MARKERS, share, whole_text
+from clipscale.apps.data.jobs import MARKERS, share
 from clipscale.apps.data.shards import named_shards
+from clipscale.apps.writing import whole_text
 from clipscale.config import Config
 from clipscale.data.io import ELSEWHERE
 from clipscale.data.manifest import ShardFile

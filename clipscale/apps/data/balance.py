@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from clipscale.apps.data.account import Account, at_least, open_shards, train_command
 from clipscale.apps.data.concepts import read_concepts
-from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole, whole_text
+from clipscale.apps.data.jobs import MARKERS, Jobs, share
 from clipscale.apps.data.reshard import Piece, plan_groups, write_groups
 from clipscale.apps.data.shards import all_samples, identity
+from clipscale.apps.writing import whole, whole_text
 from clipscale.config.data import Data
 from clipscale.data.manifest import ShardFile
 from clipscale.data.order import mix

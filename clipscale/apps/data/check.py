@@ -14,10 +14,11 @@ from typing import Any
 
 from clipscale.apps.data.check_report import Report, print_report
 from clipscale.apps.data.examine import ShardTask, examine, labels, own_key, shown
-from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole, whole_text
+from clipscale.apps.data.jobs import MARKERS, Jobs, share
 from clipscale.apps.data.repeats import find_repeats, save_hashes, within
 from clipscale.apps.data.shards import all_samples, declared_shards, digest, identity
 from clipscale.apps.data.summaries import Top
+from clipscale.apps.writing import whole, whole_text
 from clipscale.config.data import Data
 from clipscale.data.index import Declared
 from clipscale.data.manifest import ShardFile

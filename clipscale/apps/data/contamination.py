@@ -15,10 +15,11 @@ import rich.console
 import rich.table
 
 from clipscale.apps.data.account import Account, open_shards
-from clipscale.apps.data.jobs import Jobs, share, whole_text
+from clipscale.apps.data.jobs import Jobs, share
 from clipscale.apps.data.likeness import Pictures, alike, load_pictures, look_at
 from clipscale.apps.data.shards import all_samples, identity, named_shards
 from clipscale.apps.data.sheet import MOST_PAIRS, Pair, Place, write_sheet
+from clipscale.apps.writing import whole_text
 from clipscale.config.data import Data
 from clipscale.data.manifest import ShardFile
 from clipscale.errors import DataError

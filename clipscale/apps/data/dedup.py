@@ -13,11 +13,12 @@ import numpy as np
 
 from clipscale.apps.data.account import Account, open_shards, output_names, train_command
 from clipscale.apps.data.contamination import contamination
-from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole, whole_text
+from clipscale.apps.data.jobs import MARKERS, Jobs, share
 from clipscale.apps.data.likeness import first_of_each, joined, load_pictures, look_at
 from clipscale.apps.data.reshard import Group, Piece, write_group
 from clipscale.apps.data.shards import identity
 from clipscale.apps.data.sheet import MOST_PAIRS, Pair, Place, write_sheet
+from clipscale.apps.writing import whole, whole_text
 from clipscale.config.data import Data
 from clipscale.data.manifest import ShardFile
 from clipscale.errors import ConfigError

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipscale.apps.data.jobs import Jobs, share, whole
+from clipscale.apps.data.jobs import Jobs, share
 from clipscale.apps.data.shards import digest, identity, named_shards
+from clipscale.apps.writing import whole
 from clipscale.data.index import FORMAT, INDEX, OFFSETS, SIZES, cache_dir, indexed_name, pack_offsets, sample_key, walk
 from clipscale.data.io import PIPE, ShardStore, parent, resolve
 from clipscale.data.manifest import ShardFile

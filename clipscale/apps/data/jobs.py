@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import multiprocessing
 import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from clipscale.apps.writing import SCRATCH, remove_left, whole
 from clipscale.distributed.workers import worker_context
-from clipscale.errors import ClipscaleError, ConfigError, DataError
+from clipscale.errors import ClipscaleError, ConfigError
 
 MARKERS = ".clipscale"  # directory of an output that says what is done
 
@@ -277,50 +275,6 @@ def _write(path: Path, value: Any) -> None:
         out.write(json.dumps(value).encode())
 
 
-@contextmanager
-def whole(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
-    """A file to write that is there whole or not at all, whoever else writes it at the same time.
-
-    One that is ``durable`` is on the disk before it has its name, so that a loss of power cannot leave it empty. Raises
-    DataError where it cannot be written.
-    """
-    scratch = path.with_name(f".{path.name[-100:]}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("wb") as out:
-            yield out
-            if durable:
-                out.flush()
-                os.fsync(out.fileno())
-        scratch.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
-
-
-@contextmanager
-def whole_text(path: Path) -> Iterator[TextIO]:
-    """The same for text. Names that are no UTF-8 keep their bytes."""
-    with whole(path) as raw, io.TextIOWrapper(raw, "utf-8", "surrogateescape", newline="") as out:
-        yield out
-
-
 def _sweep(output: Path, tool: str) -> None:
     """Remove what processes of this machine had half written when they were killed."""
-    pattern = f".*.{socket.gethostname()}.*.tmp"
-    for scratch in (*output.glob(pattern), *(output / MARKERS / tool).rglob(pattern)):
-        process = scratch.suffixes[-2].removeprefix(".")
-        if process.isdigit() and not _runs(int(process)):
-            scratch.unlink(missing_ok=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    remove_left((*output.glob(SCRATCH), *(output / MARKERS / tool).rglob(SCRATCH)))

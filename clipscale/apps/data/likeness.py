@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from clipscale.apps.data.account import Account
-from clipscale.apps.data.jobs import MARKERS, Jobs, whole
+from clipscale.apps.data.jobs import MARKERS, Jobs
 from clipscale.apps.data.shards import all_samples
+from clipscale.apps.writing import whole
 from clipscale.config.data import Data
 from clipscale.data.manifest import ShardFile
 from clipscale.data.samples import BadSample, Member, decode_image, find_captions, find_image

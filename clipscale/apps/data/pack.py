@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from clipscale.apps.data.account import brace_pattern, refuse_foreign, refuse_gone, root_override, train_command
-from clipscale.apps.data.jobs import Jobs, Tasks, share, whole_text
+from clipscale.apps.data.jobs import Jobs, Tasks, share
 from clipscale.apps.data.packing import (
     FORMATTER,
     Sample,
@@ -32,6 +32,7 @@ from clipscale.apps.data.packing import (
 )
 from clipscale.apps.data.splits import assign, check_apart, connect, parse_split
 from clipscale.apps.data.tables import Rows, Source, read_source
+from clipscale.apps.writing import whole_text
 from clipscale.config import Config
 from clipscale.data.order import permutation
 from clipscale.data.samples import BadSample

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from clipscale.apps.data.jobs import Jobs, whole
+from clipscale.apps.data.jobs import Jobs
 from clipscale.apps.data.summaries import hash64
+from clipscale.apps.writing import whole
 
 PER_TASK = 1 << 24  # hashes that are looked at together: 256 MiB with their places
 EXAMPLES = 10

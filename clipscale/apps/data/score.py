@@ -17,8 +17,9 @@ import rich.table
 import torch
 from numpy.typing import NDArray
 
-from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole_text
+from clipscale.apps.data.jobs import MARKERS, Jobs, share
 from clipscale.apps.data.shards import all_samples, identity
+from clipscale.apps.writing import whole_text
 from clipscale.config.data import Data
 from clipscale.config.model import Vision
 from clipscale.data.manifest import ShardFile

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-from clipscale.apps.data.jobs import whole
+from clipscale.apps.writing import whole
 from clipscale.config import Config, validate
 from clipscale.config.compose import override
 from clipscale.data.io import REMOTE, ShardStore

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from clipscale.apps.data.jobs import whole_text
+from clipscale.apps.writing import whole_text
 from clipscale.config.data import Data
 from clipscale.data.manifest import ShardFile
 from clipscale.data.samples import BadSample, Member, decode_image, find_captions, find_image

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipscale.apps.data.account import Account
-from clipscale.apps.data.jobs import MARKERS, Jobs, whole
+from clipscale.apps.data.jobs import MARKERS, Jobs
 from clipscale.apps.data.shards import all_samples, distinct, write_shard
+from clipscale.apps.writing import whole
 from clipscale.data.manifest import ShardFile
 from clipscale.data.order import mix
 from clipscale.data.samples import Member

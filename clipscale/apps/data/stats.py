@@ -10,7 +10,7 @@ from typing import Any
 
 from clipscale.apps.data.describe import Place, Summary, describe, tie, uncut
 from clipscale.apps.data.examine import ShardTask, labels
-from clipscale.apps.data.jobs import MARKERS, Jobs, share, whole, whole_text
+from clipscale.apps.data.jobs import MARKERS, Jobs, share
 from clipscale.apps.data.repeats import find_repeats, save_hashes
 from clipscale.apps.data.shards import all_samples, identity, named_shards
 from clipscale.apps.data.stats_page import page
@@ -18,6 +18,7 @@ from clipscale.apps.data.stats_pictures import Card, cards
 from clipscale.apps.data.stats_plots import plots
 from clipscale.apps.data.stats_report import document, print_stats
 from clipscale.apps.data.summaries import Spread
+from clipscale.apps.writing import whole, whole_text
 from clipscale.config import Config
 from clipscale.data.manifest import ShardFile
 from clipscale.errors import DataError

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from clipscale.apps.evaluation.results import Results
+from clipscale.apps.writing import whole
 from clipscale.evals.outcomes import Classified
 
 WHOLE = 40  # classes up to which all are shown
@@ -61,7 +62,8 @@ def draw_confusion(outcome: Classified, title: str, path: Path) -> None:
             if share >= 0.005:
                 color = "white" if share > 0.6 else "#223"
                 axes.text(across, down, f"{100 * share:.0f}", ha="center", va="center", fontsize=6, color=color)
-    figure.savefig(path, bbox_inches="tight")
+    with whole(path) as file:
+        figure.savefig(file, format="png", bbox_inches="tight")
 
 
 def draw_results(results: Sequence[Results], path: Path) -> None:
@@ -95,7 +97,8 @@ def draw_results(results: Sequence[Results], path: Path) -> None:
     level = results[0].content["level"]
     axes.set_xlabel(f"score, with bootstrap interval ({level:.0%}); grey: chance", fontsize=8)
     figure.legend(loc="outside upper left", ncols=3, fontsize=8, frameon=False)
-    figure.savefig(path, bbox_inches="tight")
+    with whole(path) as file:
+        figure.savefig(file, format="png", bbox_inches="tight")
 
 
 def _confusion(outcome: Classified) -> NDArray[np.int64]:

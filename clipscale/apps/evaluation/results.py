@@ -17,6 +17,7 @@ import numpy as np
 
 from clipscale import __version__
 from clipscale.apps.evaluation.tasks import Answer
+from clipscale.apps.writing import whole
 from clipscale.errors import ConfigError, masked
 from clipscale.evals.bootstrap import LEVEL
 from clipscale.evals.outcomes import OUTCOMES, Outcome, intervals, resampled
@@ -97,21 +98,16 @@ def check_writable(out: Path) -> None:
 
 
 def write_results(out: Path, content: Mapping[str, Any], answers: Sequence[Answer]) -> None:
-    """Write both files, whole or not at all, in place of those that are there. Raises ConfigError where it cannot."""
+    """Write both files, whole or not at all, in place of those that are there. Raises DataError where it cannot."""
     arrays: dict[str, Any] = {}
     for number, one in enumerate(answers):
         arrays |= {f"{number}/{key}": array for key, array in one.outcome.arrays.items()}
         arrays[f"{number}/names"] = np.array(one.outcome.names, dtype=str)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, data in ((OUTCOMES_FILE, buffer.getvalue()), (RESULTS, json.dumps(content, indent=1).encode())):
-            scratch = out / f".{name}.tmp"
-            scratch.write_bytes(data)
-            scratch.replace(out / name)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+    for name, data in ((OUTCOMES_FILE, buffer.getvalue()), (RESULTS, json.dumps(content, indent=1).encode())):
+        with whole(out / name) as file:
+            file.write(data)
 
 
 def read_results(where: Path) -> Results:

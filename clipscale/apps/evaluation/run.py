@@ -20,7 +20,7 @@ from clipscale.apps.evaluation.results import Results, check_writable, compare, 
 from clipscale.apps.evaluation.tables import differences, overview, task_table
 from clipscale.apps.evaluation.tasks import Answer, Task, run_task
 from clipscale.distributed.collectives import rank
-from clipscale.errors import ClipscaleError, ConfigError, DataError
+from clipscale.errors import ConfigError, DataError
 from clipscale.evals.bootstrap import LEVEL
 from clipscale.evals.outcomes import Classified
 from clipscale.evals.protocol import EvalContext
@@ -138,8 +138,4 @@ def show_results(
 def _draw(results: Sequence[Results], plot: Path) -> None:
     if plot.suffix.lower() != ".png":
         raise ConfigError(f"--plot {plot}: pictures are .png")
-    try:
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        draw_results(results, plot)
-    except OSError as error:
-        raise ClipscaleError(f"--plot {plot} cannot be written: {error.strerror}") from None
+    draw_results(results, plot)

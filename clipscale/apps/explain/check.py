@@ -15,7 +15,8 @@ from rich.progress import track
 from rich.table import Table
 
 from clipscale.apps.asking import ask
-from clipscale.apps.explain.command import MOST_PIXELS, save
+from clipscale.apps.explain.command import MOST_PIXELS
+from clipscale.apps.writing import whole
 from clipscale.data.collections import IMAGE_KEYS, open_collection
 from clipscale.data.evalset import EvalItem, EvalSet
 from clipscale.data.samples import find_captions
@@ -57,7 +58,9 @@ def check(where: str, dataset: str, options: Options, out: Path | None, device: 
     if out is not None:
         from clipscale.apps.explain.curves_picture import draw
 
-        save(out, draw(found, result))
+        shown = draw(found, result)
+        with whole(out) as file:
+            file.write(shown)
     if as_json:
         print(json.dumps(result))
     else:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from clipscale.apps.asking import ask
 from clipscale.apps.explain.picture import SIDE, overlay
+from clipscale.apps.writing import whole
 from clipscale.data.samples import BadSample, open_image, preprocess
 from clipscale.errors import ConfigError, DataError
 from clipscale.evals.explain import Explanation, explain
@@ -42,7 +43,9 @@ def explain_image(
     seen = preprocess(picture, vision.image_size, vision.resize_mode)
     found = explain(context.model, context.tokenizer, seen, caption, against, method)
     if out is not None:
-        save(out, overlay(found, preprocess(picture, max(SIDE, vision.image_size), vision.resize_mode)))
+        shown = overlay(found, preprocess(picture, max(SIDE, vision.image_size), vision.resize_mode))
+        with whole(out) as file:
+            file.write(shown)
     if as_json:
         print(json.dumps(document(found)))
     else:
@@ -58,15 +61,6 @@ def read_picture(path: Path) -> Any:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except BadSample as error:
         raise DataError(f"{path} is no image that can be used: {error}") from None
-
-
-def save(out: Path, content: bytes) -> None:
-    """Write a picture or a page. Raises DataError where that cannot be."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(content)
-    except OSError as error:
-        raise DataError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
 def document(found: Explanation) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from clipscale.errors import ConfigError
+from clipscale.apps.writing import whole
 
 BLUE, ORANGE, GREY, LINE = "#2f6fb0", "#c4661f", "#68717b", "#e3e5e8"
 STYLE: Any = {
@@ -54,10 +53,5 @@ def plot_few_shot(
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
         axes.set(xlabel="labelled training images per class", ylabel="accuracy on test images")
         axes.legend(loc="lower right", frameon=False, fontsize=9)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(buffer.getvalue())
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another --plot") from None
+        with whole(path) as file:
+            figure.savefig(file, format="png", dpi=150, metadata={"Software": None})

@@ -18,7 +18,6 @@ from rich.markup import escape
 from rich.progress import track
 
 from clipscale.apps.asking import ask
-from clipscale.apps.data.jobs import whole_text
 from clipscale.apps.probing.contact import KINDS, Contact, contacts, digest, perceived
 from clipscale.apps.probing.generalise_page import page
 from clipscale.apps.probing.sets import (
@@ -32,6 +31,7 @@ from clipscale.apps.probing.sets import (
     warn_of_damage,
     watched,
 )
+from clipscale.apps.writing import whole_text
 from clipscale.data.collections import Collection
 from clipscale.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from clipscale.data.evalset import Changed, EvalItem, EvalSet
@@ -201,20 +201,17 @@ def _numbers(measured: dict[str, Measured], found: Sequence[Contact]) -> dict[st
 
 def _write(out: Path, told: dict[str, Any], sets: dict[str, _Set], found: Sequence[Contact]) -> None:
     train, held_out = ({item.place: item.key for item in sets[name].items} for name in ("train", "held out"))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with whole_text(out / NUMBERS) as file:
-            file.write(json.dumps(told, indent=1) + "\n")
-        with whole_text(out / NEIGHBOURS) as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["key", "nearest", "cosine", "copy", "copy_of"])
-            for one in found:
-                copy_of = train[one.copy_of] if one.copy else ""
-                rows.writerow([held_out[one.place], train[one.nearest], f"{one.cosine:.4f}", one.copy, copy_of])
-        with whole_text(out / REPORT) as file:
-            file.write(page(told, sets["train"].images, sets["held out"].images, found))
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error.strerror}); choose another --out") from None
+    with whole_text(out / NUMBERS) as file:
+        file.write(json.dumps(told, indent=1) + "\n")
+    with whole_text(out / NEIGHBOURS) as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["key", "nearest", "cosine", "copy", "copy_of"])
+        for one in found:
+            copy_of = train[one.copy_of] if one.copy else ""
+            rows.writerow([held_out[one.place], train[one.nearest], f"{one.cosine:.4f}", one.copy, copy_of])
+    report = page(told, sets["train"].images, sets["held out"].images, found)
+    with whole_text(out / REPORT) as file:
+        file.write(report)
 
 
 def _print(told: dict[str, Any], out: Path) -> None:

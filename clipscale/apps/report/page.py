@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import statistics
 import time
@@ -17,6 +16,7 @@ from clipscale.apps.report.charts import percent, pictures
 from clipscale.apps.report.findings import findings
 from clipscale.apps.report.style import STYLE
 from clipscale.apps.webpage import document, section
+from clipscale.apps.writing import whole_text
 from clipscale.errors import ConfigError
 
 REPORT = "report.html"
@@ -35,12 +35,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         raise ConfigError(f"{len(records)} runs: a page shows up to {MOST_RUNS} beside each other; name fewer")
     target = out or (records[0].path / REPORT if len(records) == 1 else Path(REPORT))
     page = _single(records[0]) if len(records) == 1 else _several(records)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        scratch.write_text(page, encoding="utf-8")
-        scratch.replace(target)
-    except OSError as error:
-        raise ConfigError(f"{target} cannot be written ({error.strerror}); choose another --out") from None
+    with whole_text(target) as file:
+        file.write(page)
     return target
 
 

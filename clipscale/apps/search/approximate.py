@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clipscale.apps.data.jobs import whole
 from clipscale.apps.search.exact import nearest
 from clipscale.apps.search.vectors import IMAGES, TEXTS, Vectors
+from clipscale.apps.writing import whole
 from clipscale.errors import ConfigError, DataError
 
 KINDS = ("ivf", "hnsw")

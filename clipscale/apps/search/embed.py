@@ -27,7 +27,7 @@ import rich.table
 import torch
 from numpy.typing import NDArray
 
-from clipscale.apps.data.jobs import Jobs, Tasks, share, whole, whole_text
+from clipscale.apps.data.jobs import Jobs, Tasks, share
 from clipscale.apps.search.approximate import Settings
 from clipscale.apps.search.model import Towers, open_towers
 from clipscale.apps.search.source import Source, open_source
@@ -45,6 +45,7 @@ from clipscale.apps.search.vectors import (
     line,
     summary,
 )
+from clipscale.apps.writing import whole, whole_text
 from clipscale.data.samples import BadSample, Member
 from clipscale.errors import ConfigError
 

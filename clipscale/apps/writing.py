@@ -1,0 +1,67 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+from clipscale.errors import DataError
+
+SCRATCH = f".*.{socket.gethostname()}.*.tmp"  # pattern of the files of this machine that are being written
+
+
+@contextmanager
+def whole(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
+    """A file to write that is there whole or not at all, whoever else writes it at the same time.
+
+    One that is ``durable`` is on the disk before it has its name, so that a loss of power cannot leave it empty. What
+    is a pipe or a device is written as it is. Raises DataError where it cannot be written.
+    """
+    scratch = path.parent / f".{path.name[-100:]}.{socket.gethostname()}.{os.getpid()}.tmp"
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with path.open("wb") as out:
+                yield out
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as out:
+            yield out
+            if durable:
+                out.flush()
+                os.fsync(out.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_text(path: Path) -> Iterator[TextIO]:
+    """The same for text. Names that are no UTF-8 keep their bytes."""
+    with whole(path) as raw, io.TextIOWrapper(raw, "utf-8", "surrogateescape", newline="") as out:
+        yield out
+
+
+def remove_left(scratch_files: Iterable[Path]) -> None:
+    """Remove those files whose process, of this machine, has ended before they were whole."""
+    for scratch in scratch_files:
+        process = scratch.suffixes[-2].removeprefix(".")
+        if process.isdigit() and not _runs(int(process)):
+            scratch.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
