@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from clipscale.errors import DataError
+from clipscale.errors import ConfigError, DataError
 
 SCRATCH = f".*.{socket.gethostname()}.*.tmp"  # pattern of the files of this machine that are being written
 
@@ -47,6 +47,17 @@ def whole_text(path: Path) -> Iterator[TextIO]:
     """The same for text. Names that are no UTF-8 keep their bytes."""
     with whole(path) as raw, io.TextIOWrapper(raw, "utf-8", "surrogateescape", newline="") as out:
         yield out
+
+
+def check_writable(path: Path) -> None:
+    """Raise ConfigError where :func:`whole` could not write the file: before a model is asked, not hours later."""
+    if path.is_dir():
+        raise ConfigError(f"{path} cannot be written: it is a directory; name a file")
+    if path.exists() and not path.is_file():
+        return
+    there = next(place for place in path.absolute().parents if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{path} cannot be written: {there} is no directory that may be written into")
 
 
 def remove_left(scratch_files: Iterable[Path]) -> None:

@@ -20,7 +20,7 @@ from clipscale.apps.audit.captions import count_words
 from clipscale.apps.audit.groups import Labels, parse_group, read_labels, read_words, text_at
 from clipscale.apps.explain.command import MOST_PIXELS
 from clipscale.apps.probing.sets import explaining, texts_at, warn_of_damage
-from clipscale.apps.writing import whole_text
+from clipscale.apps.writing import check_writable, whole_text
 from clipscale.data.collections import IMAGE_KEYS, open_collection
 from clipscale.data.evalset import EvalSet
 from clipscale.data.samples import Member, find_label
@@ -61,6 +61,8 @@ def audit(where: str, dataset: str, options: Options, out: Path | None, device: 
     labels = read_labels(options.labels) if options.labels else None
     words = read_words(options.words) if options.words else None
     context = ask(where, device, options.batch_size)
+    if out is not None and rank() == 0:
+        check_writable(out)
     samples = open_collection(dataset)
     captions = open_collection(options.captions) if options.captions else None
     warn_of_damage(samples)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,13 +87,6 @@ def _average(scores: Sequence[float]) -> float:
 def _plain(value: float) -> float | None:
     """A number for JSON, which has no NaN."""
     return None if math.isnan(value) else value
-
-
-def check_writable(out: Path) -> None:
-    """Raise ConfigError where :func:`write_results` could not write: before the models are asked, not hours later."""
-    there = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out {out} cannot be written: {there} is no directory that may be written into")
 
 
 def write_results(out: Path, content: Mapping[str, Any], answers: Sequence[Answer]) -> None:

@@ -16,9 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from clipscale.apps.asking import ask
 from clipscale.apps.evaluation.pictures import confusion_file, draw_confusion, draw_results
-from clipscale.apps.evaluation.results import Results, check_writable, compare, read_results, summarise, write_results
+from clipscale.apps.evaluation.results import RESULTS, Results, compare, read_results, summarise, write_results
 from clipscale.apps.evaluation.tables import differences, overview, task_table
 from clipscale.apps.evaluation.tasks import Answer, Task, run_task
+from clipscale.apps.writing import check_writable
 from clipscale.distributed.collectives import rank
 from clipscale.errors import ConfigError, DataError
 from clipscale.evals.bootstrap import LEVEL
@@ -49,7 +50,7 @@ def evaluate_tasks(
     _check_places(tasks)
     context = ask(where, device, batch_size)
     if out is not None and rank() == 0:
-        check_writable(out)
+        check_writable(out / RESULTS)
     answers = _ask_all(tasks, context)
     if rank() != 0:
         return {}

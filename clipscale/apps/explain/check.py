@@ -16,7 +16,7 @@ from rich.table import Table
 
 from clipscale.apps.asking import ask
 from clipscale.apps.explain.command import MOST_PIXELS
-from clipscale.apps.writing import whole
+from clipscale.apps.writing import check_writable, whole
 from clipscale.data.collections import IMAGE_KEYS, open_collection
 from clipscale.data.evalset import EvalItem, EvalSet
 from clipscale.data.samples import find_captions
@@ -52,6 +52,8 @@ def check(where: str, dataset: str, options: Options, out: Path | None, device: 
     if out is not None and out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out}: the picture is a .png")
     context = ask(where, device)
+    if out is not None:
+        check_writable(out)
     items, unusable = _items(context, dataset, options)
     found = measure(context, items, options)
     result = summary(found, options) | {"unusable": unusable}

@@ -31,7 +31,7 @@ from clipscale.apps.probing.sets import (
     warn_of_damage,
     watched,
 )
-from clipscale.apps.writing import whole_text
+from clipscale.apps.writing import check_writable, whole_text
 from clipscale.data.collections import Collection
 from clipscale.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from clipscale.data.evalset import Changed, EvalItem, EvalSet
@@ -91,11 +91,11 @@ def generalise(
     names = [one.partition("=")[0] for one in options.shifted]
     if taken := next((one for one in names if one in ("train", "held out") or names.count(one) > 1), None):
         raise ConfigError(f"--shifted {taken}=…: another set has this name; choose one of its own")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is no directory; choose another")
     if options.most < 1:
         raise ConfigError(f"--most {options.most}: damage one image or more")
     context = ask(where, device, batch_size)
+    if rank() == 0:
+        check_writable(out / REPORT)
     named = {"train": train, "held out": held_out} | dict(one.split("=", 1) for one in options.shifted)
     opened = {name: open_labelled(place, _split(name), options.label_key) for name, place in named.items()}
     question = Question(context, class_names(options.classes, *opened.values()))

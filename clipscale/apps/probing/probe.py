@@ -28,6 +28,7 @@ from clipscale.apps.probing.sets import (
     warn_of_damage,
     watched,
 )
+from clipscale.apps.writing import check_writable
 from clipscale.data.collections import Collection
 from clipscale.distributed.collectives import rank
 from clipscale.errors import ConfigError
@@ -86,6 +87,8 @@ def probe(
     if options.plot is not None and not options.few:
         raise ConfigError("--plot shows the few-shot curve; say how many shots: --shots 1,2,4,8,16")
     context = ask(where, device, batch_size)
+    if options.plot is not None and rank() == 0:
+        check_writable(options.plot)
     places = {"train": train, "test": test} | ({"val": options.val} if options.val else {})
     opened = {name: open_labelled(place, _SPLITS[name], options.label_key) for name, place in places.items()}
     classes = class_names(options.classes, *opened.values())
