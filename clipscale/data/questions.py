@@ -85,7 +85,7 @@ def read_questions(where: Path, images: Path | None = None) -> tuple[ImageFiles,
     questions = []
     for file in files:
         for kind, names, captions in read(file):
-            paths = [_find(folder, name, file) for name in names]
+            paths = [find_image(folder, name, file) for name in names]
             numbers = tuple(places.setdefault(path, len(places)) for path in paths)
             questions.append(Question(kind, numbers, captions))
     if not questions:
@@ -98,7 +98,7 @@ Row = tuple[str, tuple[str, ...], tuple[str, ...]]  # kind, image names, caption
 
 def _winoground(file: Path) -> Iterator[Row]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # a text may hold other line ends
     except (ValueError, OSError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):
@@ -132,7 +132,8 @@ def _wrong(error: Exception) -> str:
     return f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
 
 
-def _find(folder: Path, name: str, file: Path) -> Path:
+def find_image(folder: Path, name: str, file: Path) -> Path:
+    """The image of a name that may lack its suffix. Raises DataError, which says that ``file`` names it."""
     path = folder / name
     if path.is_file():
         return path

@@ -1,4 +1,4 @@
-"""The three questions that a collection asks a model; each gives what was found of every query."""
+"""The four questions that a collection asks a model; each gives what was found of every query."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipscale.data.associations import Association
 from clipscale.data.evalset import EvalItem, EvalSet
 from clipscale.errors import DataError
-from clipscale.evals.outcomes import Classified, Labelled, Outcome, Retrieved, digest
+from clipscale.evals.outcomes import Associated, Classified, Labelled, Outcome, Retrieved, digest
 from clipscale.evals.protocol import EvalContext
+from clipscale.evals.ranking import jaccard
 from clipscale.evals.retrieval import Matches, recall
 from clipscale.evals.zeroshot import classify, prompt_features
 
@@ -94,6 +96,41 @@ def ask_pairs(context: EvalContext, images: EvalSet, clips: bool = False) -> Ask
     arrays = {f"{way}_r{k}": hits.numpy() for way, found in ways.items() for k, hits in found.hits.items()}
     arrays |= {f"{way}_r{k}_chance": luck.numpy() for way, found in ways.items() for k, luck in found.chance.items()}
     return Asked(Retrieved(arrays, (), digest([*(item.key for item in items), *matches.texts])), bad)
+
+
+def ask_associations(
+    context: EvalContext, images: EvalSet, questions: Sequence[Association], templates: Sequence[str] | None
+) -> Asked:
+    """Choose, for each cue, as many of its candidates as go with it: those nearest to its prompts.
+
+    Without ``templates`` the prompt is the cue behind its article, "An owl". A question of which an image cannot be
+    used is left out. The score is the Jaccard index of WinoGAViL (Bitton et al. 2022, arXiv:2207.12576).
+    """
+    features, items, bad = context.encode_images(images)
+    row = {item.place: place for place, item in enumerate(items)}
+    cues = list(dict.fromkeys(question.cue for question in questions))
+    number = {cue: place for place, cue in enumerate(cues)}
+    if templates is None:
+        text = prompt_features(context, [_with_article(cue) for cue in cues], ["{}"])
+    else:
+        text = prompt_features(context, cues, templates)
+    asked = [question for question in questions if all(place in row for place in question.candidates)]
+    found: dict[str, list[float]] = {"jaccard": [], "jaccard_chance": [], "candidates": []}
+    for question in asked:
+        scores = features[[row[place] for place in question.candidates]] @ text[number[question.cue]]
+        found["jaccard"].append(jaccard(scores.tolist(), question.right))
+        found["jaccard_chance"].append(jaccard([0.0] * len(scores), question.right))
+        found["candidates"].append(len(scores))
+    arrays = {name: np.array(values) for name, values in found.items()}
+    keys = [repr((one.cue, [items[row[place]].key for place in one.candidates], one.right)) for one in asked]
+    unusable = Counter(item.reason for item in bad)
+    if len(asked) < len(questions):
+        unusable["question_of_such_an_image"] = len(questions) - len(asked)
+    return Asked(Associated(arrays, (), digest(keys)), unusable)
+
+
+def _with_article(cue: str) -> str:
+    return f"{'An' if cue[0].lower() in 'aeiou' else 'A'} {cue.lower()}"
 
 
 def _encode(context: EvalContext, images: EvalSet, clips: bool) -> tuple[torch.Tensor, list[EvalItem], Counter[str]]:

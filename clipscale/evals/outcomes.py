@@ -149,8 +149,29 @@ class Retrieved(Outcome):
         return [name for name in self.arrays if not name.endswith("_chance")]
 
 
+class Associated(Outcome):
+    """``jaccard`` Float[N] of the images that were chosen for each cue with those that go with it, ``jaccard_chance``
+    of a random choice, and ``candidates`` Int[N], among how many it was."""
+
+    kind = "associations"
+
+    def scores(self, weights: Weights) -> dict[str, float]:
+        """``jaccard``, the mean of all, and ``jaccard_of_N``, of the cues with N candidates."""
+        found, among, weight = self.arrays["jaccard"], self.arrays["candidates"], weights["samples"]
+        parts = {f"jaccard_of_{n}": mean(found[among == n], weight[among == n]) for n in np.unique(among)}
+        return {"jaccard": mean(found, weight)} | parts
+
+    @property
+    def chances(self) -> dict[str, float]:
+        """Of choosing as many at random."""
+        luck, among = self.arrays["jaccard_chance"], self.arrays["candidates"]
+        return {"jaccard": float(luck.mean())} | {
+            f"jaccard_of_{n}": float(luck[among == n].mean()) for n in np.unique(among)
+        }
+
+
 _POPULATION = {"i2t": "images", "t2i": "texts"}
-OUTCOMES: dict[str, type[Outcome]] = {one.kind: one for one in (Classified, Labelled, Retrieved)}
+OUTCOMES: dict[str, type[Outcome]] = {one.kind: one for one in (Classified, Labelled, Retrieved, Associated)}
 
 
 def resampled(outcome: Outcome, resamples: int = RESAMPLES, seed: int = 0) -> list[dict[str, float]]:
@@ -179,7 +200,7 @@ def _draws(outcome: Outcome, resamples: int, seed: int) -> Iterator[dict[str, Fl
 
 def _is_truth(name: str) -> bool:
     """Whether an array tells what is right, not what was answered; a chance is the number of right ones."""
-    return name in ("label", "group") or name.endswith("_chance")
+    return name in ("label", "group", "candidates") or name.endswith("_chance")
 
 
 def _mean(values: Any) -> float:

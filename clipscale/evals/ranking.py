@@ -5,6 +5,9 @@ Ties share their places: a model that maps everything to one point scores chance
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import comb
+
 import torch
 
 
@@ -45,3 +48,24 @@ def chance(right_counts: torch.Tensor, candidates: int, ks: tuple[int, ...]) -> 
     nothing = torch.zeros_like(right_counts)
     everything = torch.full_like(right_counts, candidates)
     return {k: hit_probability(k, nothing, everything, right_counts) for k in ks}
+
+
+def jaccard(scores: Sequence[float], right: Sequence[bool]) -> float:
+    """Jaccard index of the right candidates and the highest, of which as many are chosen as are right.
+
+    Its expectation, where candidates of the same score compete for the last places. Raises ValueError where none is
+    right.
+    """
+    places = sum(right)
+    if not places:
+        raise ValueError("none of the candidates is right")
+    last = sorted(scores, reverse=True)[places - 1]
+    sure = [answer for score, answer in zip(scores, right, strict=True) if score > last]
+    tied = [answer for score, answer in zip(scores, right, strict=True) if score == last]
+    drawn, among = places - len(sure), sum(tied)
+    found = 0.0
+    for more in range(max(0, drawn - (len(tied) - among)), min(drawn, among) + 1):
+        share = comb(among, more) * comb(len(tied) - among, drawn - more) / comb(len(tied), drawn)
+        both = sum(sure) + more
+        found += share * both / (2 * places - both)
+    return found

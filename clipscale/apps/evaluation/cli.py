@@ -29,7 +29,7 @@ def eval_command(
     ] = None,
     suite: Annotated[str | None, typer.Option(help="A list of data sets: datacomp, or a YAML file.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="Directory that the paths of a suite are below.")] = None,
-    kind: Annotated[str, typer.Option(help="zeroshot, multilabel or retrieval; else what the data tell.")] = "",
+    kind: Annotated[str, typer.Option(help="zeroshot, multilabel, retrieval, associations; else as data tell.")] = "",
     metric: Annotated[str, typer.Option(help="The score that counts.")] = "",
     split: Annotated[str, typer.Option(help="Of CLIP_benchmark's layout.")] = "test",
     classes: Annotated[str, typer.Option(help="Class names: a text, one a line, or JSON with classnames.")] = "",

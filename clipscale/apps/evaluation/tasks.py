@@ -14,19 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipscale.config.data import Data
+from clipscale.data.associations import Associations, association_table, open_associations
 from clipscale.data.collections import CLIP_FIELD, IMAGE_KEYS, Collection, Folder, listed_captions, open_collection
 from clipscale.data.evalset import EvalSet
 from clipscale.data.labels import places_among
 from clipscale.data.samples import BadSample, Member, find_captions, find_field, find_label
 from clipscale.data.table import is_table
 from clipscale.errors import ConfigError, DataError
-from clipscale.evals.asked import Asked, ask_classes, ask_labels, ask_pairs
+from clipscale.evals.asked import Asked, ask_associations, ask_classes, ask_labels, ask_pairs
 from clipscale.evals.outcomes import Outcome
 from clipscale.evals.prompts import templates, usable
 from clipscale.evals.protocol import EvalContext
 
-KINDS = ("zeroshot", "multilabel", "retrieval")
-MAIN = {"zeroshot": "top1", "multilabel": "map", "retrieval": "mean_r1"}
+KINDS = ("zeroshot", "multilabel", "retrieval", "associations")
+MAIN = {"zeroshot": "top1", "multilabel": "map", "retrieval": "mean_r1", "associations": "jaccard"}
 UNKNOWN = ("", "nan", "-1", "-1.0")  # of a yes-or-no label; -1 is CheXpert's mark for what a report leaves open
 NAMED = 5  # reasons, or labels, that a warning names
 YES, NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
@@ -41,9 +42,9 @@ class Task:
     name: str = ""
     """Shown in tables; empty is the last part of the path."""
     kind: str = ""
-    """``zeroshot``, ``multilabel`` or ``retrieval``; empty: what the data tell."""
+    """``zeroshot``, ``multilabel``, ``retrieval`` or ``associations``; empty: what the data tell."""
     metric: str = ""
-    """The score that counts; empty: top1, map or mean_r1."""
+    """The score that counts; empty: top1, map, mean_r1 or jaccard."""
     split: str = "test"
     """Of CLIP_benchmark's layout."""
     templates: str = ""
@@ -144,6 +145,8 @@ def _open(task: Task) -> Collection:
             "label_column": None if task.labels else task.label_key.removeprefix("json:") or None,
             "one_per_image": task.kind == "retrieval",
         }
+    elif task.kind == "associations" or (not task.kind and association_table(Path(task.path)) is not None):
+        return open_associations(Path(task.path))
     return open_collection(task.path, split=task.split, clips=task.clips, **columns)
 
 
@@ -286,10 +289,18 @@ def _ask_pairs(task: Task, samples: Collection, context: EvalContext) -> Asked:
     return ask_pairs(context, _evalset(task, samples, context, right), task.clips)
 
 
+def _ask_associations(task: Task, samples: Collection, context: EvalContext) -> Asked:
+    if not isinstance(samples, Associations):
+        raise ConfigError("a table of images has no candidates; name the directory that holds such a .csv")
+    prompts = usable(templates(task.templates), task.shown) if task.templates else None
+    return ask_associations(context, _evalset(task, samples, context), samples.questions, prompts)
+
+
 _ASK: dict[str, Callable[[Task, Collection, EvalContext], Asked]] = {
     "zeroshot": _ask_classes,
     "multilabel": _ask_labels,
     "retrieval": _ask_pairs,
+    "associations": _ask_associations,
 }
 
 
