@@ -14,19 +14,21 @@ TIMEOUT_S = 120.0
 
 
 class Pool:
-    """``world`` gloo ranks; ``run(f, *args)`` calls a module-level function on each; results come by rank."""
+    """``world`` gloo ranks; ``run(f, *args)`` calls a module-level function on each; results come by rank.
+
+    They start with the first call.
+    """
 
     def __init__(self, world: int) -> None:
         self.world = world
-        self._start()
+        self._pipes: list[Any] = []
+        self._ranks: list[Any] = []
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self._pipes = []
-        self._ranks = []
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world, port, theirs), daemon=True)

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from clipscale.apps.data.examine import shown
 from clipscale.apps.search.model import Towers, as_towers, open_towers
-from clipscale.apps.writing import whole
+from clipscale.apps.writing import check_writable, whole
 from clipscale.config.data import Data
 from clipscale.data.collections import IMAGE_SUFFIXES
 from clipscale.data.folders import files_below
@@ -97,6 +97,10 @@ def print_ranking(
 
     Raises ClipscaleError for files that are not there, when none can be used, and as :func:`rerank`.
     """
+    if sheet is not None:
+        if sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            raise ConfigError(f"--sheet {sheet}: name a .png, .jpg or .webp")
+        check_writable(sheet, "--sheet")
     found = rerank(model, caption, _files(images), device)
     if not found.ranked:
         path, reason = found.unusable[0]
@@ -137,8 +141,6 @@ def _files(given: Sequence[Path]) -> list[Path]:
 def draw_sheet(path: Path, caption: str, ranked: Sequence[Ranked]) -> None:
     """A picture of the images in their order, each with its rank and score. Raises DataError where it cannot be
     written, ConfigError for a name that is no picture's."""
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ConfigError(f"--sheet {path}: name a .png, .jpg or .webp")
     ranked = ranked[:MOST_ON_SHEET]
     columns = min(COLUMNS, len(ranked))
     height = TILE + LINE + GAP

@@ -12,7 +12,13 @@ from typing import BinaryIO, TextIO
 
 from clipscale.errors import ConfigError, DataError
 
-SCRATCH = f".*.{socket.gethostname()}.*.tmp"  # pattern of the files of this machine that are being written
+
+def _scratch(name: str, process: int | str) -> str:
+    """How the file is called while it is being written."""
+    return f".{name[-100:]}.{socket.gethostname()}.{process}.tmp"
+
+
+SCRATCH = _scratch("*", "*")  # pattern of those of this machine
 
 
 @contextmanager
@@ -22,19 +28,20 @@ def whole(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
     One that is ``durable`` is on the disk before it has its name, so that a loss of power cannot leave it empty. What
     is a pipe or a device is written as it is. Raises DataError where it cannot be written.
     """
-    scratch = path.parent / f".{path.name[-100:]}.{socket.gethostname()}.{os.getpid()}.tmp"
+    target = Path(os.path.realpath(path))  # a link stays one
+    scratch = target.parent / _scratch(target.name, os.getpid())
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if _is_special(path):
             with path.open("wb") as out:
                 yield out
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("wb") as out:
             yield out
             if durable:
                 out.flush()
                 os.fsync(out.fileno())
-        scratch.replace(path)
+        scratch.replace(target)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
@@ -49,15 +56,24 @@ def whole_text(path: Path) -> Iterator[TextIO]:
         yield out
 
 
-def check_writable(path: Path) -> None:
-    """Raise ConfigError where :func:`whole` could not write the file: before a model is asked, not hours later."""
-    if path.is_dir():
-        raise ConfigError(f"{path} cannot be written: it is a directory; name a file")
-    if path.exists() and not path.is_file():
+def check_writable(path: Path, option: str) -> None:
+    """Raise ConfigError where :func:`whole` could not write the file that an option names: before a model is asked, not
+    hours later."""
+    if _is_special(path):
         return
-    there = next(place for place in path.absolute().parents if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{path} cannot be written: {there} is no directory that may be written into")
+    target = os.path.realpath(path)
+    there = next(place for place in Path(target).parents if os.path.exists(place))
+    if os.path.isdir(target):
+        raise ConfigError(f"{path} cannot be written: it is a directory; choose another {option}")
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{path} cannot be written: {there} is no directory that may be written into; choose another {option}"
+        )
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a pipe or a device."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def remove_left(scratch_files: Iterable[Path]) -> None:

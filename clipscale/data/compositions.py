@@ -46,9 +46,8 @@ def write_compositions(directory: Path, per_kind: int = PER_KIND, image_size: in
 
 
 def ensure_compositions(image_size: int, root: Path | None = None) -> Path:
-    """The directory of the questions for models of ``image_size``; writes them where it is absent, whole or not at all.
-
-    Raises OSError where it cannot be written. ``root`` is as of :func:`~clipscale.data.shapes.ensure_cached`.
+    """The directory of the questions for models of ``image_size``; writes them where it is absent
+    (:func:`~clipscale.data.shapes.ensure_cached`).
     """
     name = f"compositions-{VERSION}-{image_size}"
     return ensure_cached(name, lambda draft: write_compositions(draft, image_size=image_size), root)

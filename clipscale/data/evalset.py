@@ -28,10 +28,11 @@ class EvalItem:
 
 
 class BadItem(NamedTuple):
-    """A held-out sample that cannot be used, and why."""
+    """A held-out sample that cannot be used, why, and its place in its set."""
 
     reason: str
     key: str
+    place: int = 0
 
 
 class EvalSet:
@@ -82,7 +83,7 @@ class EvalSet:
             square = eval_crop(image, self._vision.image_size, self._vision.resize_mode)
             return EvalItem(square, fields, sample.key, place)
         except BadSample as error:
-            return BadItem(str(error), sample.key)
+            return BadItem(str(error), sample.key, place)
 
 
 class Changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,9 @@ def read_questions(where: Path, images: Path | None = None) -> tuple[ImageFiles,
     questions = []
     for file in files:
         for kind, names, captions in read(file):
-            paths = [find_image(folder, name, file) for name in names]
+            paths = [
+                find_image_file(folder, name, file, "; say where its images lie: --images DIRECTORY") for name in names
+            ]
             numbers = tuple(places.setdefault(path, len(places)) for path in paths)
             questions.append(Question(kind, numbers, captions))
     if not questions:
@@ -132,12 +135,9 @@ def _wrong(error: Exception) -> str:
     return f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
 
 
-def find_image(folder: Path, name: str, file: Path) -> Path:
+def find_image_file(folder: Path, name: str, file: Path, hint: str = "") -> Path:
     """The image of a name that may lack its suffix. Raises DataError, which says that ``file`` names it."""
-    path = folder / name
-    if path.is_file():
-        return path
-    for suffix in IMAGE_SUFFIXES:
-        if (found := folder / f"{name}.{suffix}").is_file():
-            return found
-    raise DataError(f"{path}, which {file.name} names, does not exist; say where its images lie: --images DIRECTORY")
+    for written in (name, *(f"{name}.{suffix}" for suffix in IMAGE_SUFFIXES)):
+        if os.path.isfile(folder / written):
+            return folder / written
+    raise DataError(f"{folder / name}, which {file.name} names, does not exist{hint}")

@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from clipscale.data.order import KeyedRandom
-from clipscale.errors import ConfigError
+from clipscale.errors import ConfigError, DataError
 
 FORMAT_VERSION = 2  # part of the cache's name: raise it whenever the same spec gives other bytes
 SAMPLES_PER_SHARD = 1024
@@ -389,7 +389,8 @@ def ensure_cached(name: str, write: Callable[[Path], object], root: Path | None 
     """The directory `ROOT/clipscale/NAME`; where it is absent, what ``write`` makes at the path that it is given.
 
     ROOT is `$XDG_CACHE_HOME` or `~/.cache` unless given. The directory appears whole or not at all; of processes that
-    race, each writes a copy, the same as every other's, and the first to finish wins.
+    race, each writes a copy, the same as every other's, and the first to finish wins. Raises DataError where it cannot
+    be written.
     """
     root = Path(root or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     final = root / "clipscale" / name
@@ -403,9 +404,11 @@ def ensure_cached(name: str, write: Callable[[Path], object], root: Path | None 
     try:
         write(draft)
         os.replace(draft, final)
-    except OSError:
+    except OSError as error:
         if not final.is_dir():  # otherwise another process was first, with the same bytes
-            raise
+            raise DataError(
+                f"the built-in data cannot be written to {final.parent}: {error.strerror}; set XDG_CACHE_HOME"
+            ) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return final

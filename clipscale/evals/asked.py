@@ -104,7 +104,8 @@ def ask_associations(
     """Choose, for each cue, as many of its candidates as go with it: those nearest to its prompts.
 
     Without ``templates`` the prompt is the cue behind its article, "An owl". A question of which an image cannot be
-    used is left out. The score is the Jaccard index of WinoGAViL (Bitton et al. 2022, arXiv:2207.12576).
+    used is left out, and counted by the reason. The score is the Jaccard index of WinoGAViL (Bitton et al. 2022,
+    arXiv:2207.12576). Raises DataError where no question is left.
     """
     features, items, bad = context.encode_images(images)
     row = {item.place: place for place, item in enumerate(items)}
@@ -114,18 +115,25 @@ def ask_associations(
         text = prompt_features(context, [_with_article(cue) for cue in cues], ["{}"])
     else:
         text = prompt_features(context, cues, templates)
-    asked = [question for question in questions if all(place in row for place in question.candidates)]
+    reasons = {item.place: item.reason for item in bad}
+    asked, unusable = [], Counter[str]()
+    for question in questions:
+        missing = [place for place in question.candidates if place not in row]
+        if missing:
+            unusable[reasons[missing[0]]] += 1
+        else:
+            asked.append(question)
+    if not asked:
+        raise DataError(f"each of {len(questions)} questions has an image that cannot be used: {', '.join(unusable)}")
     found: dict[str, list[float]] = {"jaccard": [], "jaccard_chance": [], "candidates": []}
     for question in asked:
-        scores = features[[row[place] for place in question.candidates]] @ text[number[question.cue]]
+        chosen = features[[row[place] for place in question.candidates]].double()
+        scores = (chosen * text[number[question.cue]].double()).sum(1)  # the same for images that are the same
         found["jaccard"].append(jaccard(scores.tolist(), question.right))
         found["jaccard_chance"].append(jaccard([0.0] * len(scores), question.right))
         found["candidates"].append(len(scores))
     arrays = {name: np.array(values) for name, values in found.items()}
     keys = [repr((one.cue, [items[row[place]].key for place in one.candidates], one.right)) for one in asked]
-    unusable = Counter(item.reason for item in bad)
-    if len(asked) < len(questions):
-        unusable["question_of_such_an_image"] = len(questions) - len(asked)
     return Asked(Associated(arrays, (), digest(keys)), unusable)
 
 

@@ -157,17 +157,20 @@ class Associated(Outcome):
 
     def scores(self, weights: Weights) -> dict[str, float]:
         """``jaccard``, the mean of all, and ``jaccard_of_N``, of the cues with N candidates."""
-        found, among, weight = self.arrays["jaccard"], self.arrays["candidates"], weights["samples"]
-        parts = {f"jaccard_of_{n}": mean(found[among == n], weight[among == n]) for n in np.unique(among)}
+        found, weight = self.arrays["jaccard"], weights["samples"]
+        parts = {name: mean(found[rows], weight[rows]) for name, rows in self._parts.items()}
         return {"jaccard": mean(found, weight)} | parts
 
     @property
     def chances(self) -> dict[str, float]:
         """Of choosing as many at random."""
-        luck, among = self.arrays["jaccard_chance"], self.arrays["candidates"]
-        return {"jaccard": float(luck.mean())} | {
-            f"jaccard_of_{n}": float(luck[among == n].mean()) for n in np.unique(among)
-        }
+        luck = self.arrays["jaccard_chance"]
+        return {"jaccard": float(luck.mean())} | {name: float(luck[rows].mean()) for name, rows in self._parts.items()}
+
+    @cached_property
+    def _parts(self) -> dict[str, NDArray[np.int64]]:
+        among = self.arrays["candidates"]
+        return {f"jaccard_of_{n}": np.flatnonzero(among == n) for n in np.unique(among)}
 
 
 _POPULATION = {"i2t": "images", "t2i": "texts"}
@@ -200,7 +203,7 @@ def _draws(outcome: Outcome, resamples: int, seed: int) -> Iterator[dict[str, Fl
 
 def _is_truth(name: str) -> bool:
     """Whether an array tells what is right, not what was answered; a chance is the number of right ones."""
-    return name in ("label", "group", "candidates") or name.endswith("_chance")
+    return name in ("label", "group") or name.endswith("_chance")
 
 
 def _mean(values: Any) -> float:

@@ -6,7 +6,7 @@ Ties share their places: a model that maps everything to one point scores chance
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import comb
+from math import comb, isnan, nan
 
 import torch
 
@@ -53,9 +53,11 @@ def chance(right_counts: torch.Tensor, candidates: int, ks: tuple[int, ...]) -> 
 def jaccard(scores: Sequence[float], right: Sequence[bool]) -> float:
     """Jaccard index of the right candidates and the highest, of which as many are chosen as are right.
 
-    Its expectation, where candidates of the same score compete for the last places. Raises ValueError where none is
-    right.
+    Its expectation, where candidates of the same score compete for the last places; NaN where a score is NaN. Raises
+    ValueError where none is right.
     """
+    if any(map(isnan, scores)):
+        return nan
     places = sum(right)
     if not places:
         raise ValueError("none of the candidates is right")

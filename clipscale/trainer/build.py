@@ -23,7 +23,6 @@ from clipscale.config.data import Builtin, Data
 from clipscale.config.optim import LossName, MaskDuplicates
 from clipscale.data.augment import ColorOptions
 from clipscale.data.embeddings import StoredTeacher
-from clipscale.data.index import cache_dir
 from clipscale.data.io import ShardStore, resolve
 from clipscale.data.loader import Skipped, TrainLoader
 from clipscale.data.manifest import ShardFile, Summary, damages, expand_shards, summarise
@@ -80,17 +79,8 @@ def place_data(data: Data, runtime: Runtime) -> Data:
     if data.builtin is not Builtin.shapes:
         return data
     spec = ShapesSpec(**vars(data.shapes))
-    root = once_per_node(runtime, lambda: _render(spec))
+    root = once_per_node(runtime, lambda: ensure_shapes(spec))
     return replace(data, root=str(root), train=replace(data.train, shards=train_shards(spec)))
-
-
-def _render(spec: ShapesSpec) -> Path:
-    try:
-        return ensure_shapes(spec)
-    except OSError as error:
-        raise DataError(
-            f"the built-in data cannot be written to {cache_dir()}: {error.strerror}; set XDG_CACHE_HOME"
-        ) from None
 
 
 def build_store(config: Config, world: int = 1) -> ShardStore:

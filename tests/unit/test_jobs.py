@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from clipscale.apps.data.jobs import MARKERS, Jobs, Tasks, share
-from clipscale.apps.writing import whole_text
+from clipscale.apps.writing import check_writable, whole_text
 from clipscale.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
@@ -366,6 +366,30 @@ def test_a_pipe_is_written_and_stays_a_pipe(tmp_path: Path) -> None:
             out.write("all of it")
         assert read.result(10) == "all of it"
     assert pipe.is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("page.html")
+    for text in ("one", "two"):
+        with whole_text(tmp_path / "link") as out:
+            out.write(text)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "page.html").read_text() == "two"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_cannot_be_written_is_told_before(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    for fine in ("new/er/page.html", "file", "pipe", "x" * 300):
+        check_writable(tmp_path / fine, "--out")
+    with pytest.raises(
+        ConfigError, match=r"file/page cannot be written: .*file is no directory .*; choose another --o"
+    ):
+        check_writable(tmp_path / "file" / "page", "--out")
+    with pytest.raises(ConfigError, match="cannot be written: it is a directory; choose another --plot"):
+        check_writable(tmp_path, "--plot")
+    with pytest.raises(DataError, match="x cannot be written: File name too long"), whole_text(tmp_path / ("x" * 300)):
+        pass
 
 
 def test_this_directory_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from clipscale.data import shapes
 from clipscale.data.shapes import ShapesSpec, ensure_shapes, write_shapes
-from clipscale.errors import ConfigError
+from clipscale.errors import ConfigError, DataError
 
 SPEC = ShapesSpec(train=1030, val=500, classes=240, per_class=1, image_size=32)
 SMALL = ShapesSpec(train=24, val=8, classes=5, per_class=3, image_size=32)
@@ -259,6 +259,6 @@ def test_a_killed_process_leaves_nothing_that_counts(tmp_path: Path) -> None:
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "clipscale").write_text("a file where the cache should be")
-    with pytest.raises(OSError):
+    with pytest.raises(DataError, match=r"cannot be written to .*; set XDG_CACHE_HOME"):
         ensure_shapes(SMALL, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["clipscale"]

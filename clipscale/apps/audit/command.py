@@ -62,7 +62,7 @@ def audit(where: str, dataset: str, options: Options, out: Path | None, device: 
     words = read_words(options.words) if options.words else None
     context = ask(where, device, options.batch_size)
     if out is not None and rank() == 0:
-        check_writable(out)
+        check_writable(out, "--out")
     samples = open_collection(dataset)
     captions = open_collection(options.captions) if options.captions else None
     warn_of_damage(samples)

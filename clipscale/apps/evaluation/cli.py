@@ -23,13 +23,15 @@ def eval_command(
         list[str] | None,
         typer.Argument(
             metavar="[DATASET | KEY=VALUE]...",
-            help="Shards, a directory of CLIP_benchmark's layout, a folder of images, a .csv or .tsv. None: what the "
-            "run was validated on, with other data by KEY=VALUE: data.val.shards=… data.zeroshot.classes=…",
+            help="Shards, a directory of CLIP_benchmark's layout or WinoGAViL's, a folder of images, a .csv or .tsv. "
+            "None: what the run was validated on, with other data by KEY=VALUE (data.val.shards=…)",
         ),
     ] = None,
     suite: Annotated[str | None, typer.Option(help="A list of data sets: datacomp, or a YAML file.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="Directory that the paths of a suite are below.")] = None,
-    kind: Annotated[str, typer.Option(help="zeroshot, multilabel, retrieval, associations; else as data tell.")] = "",
+    kind: Annotated[
+        str, typer.Option(help="zeroshot, multilabel, retrieval, associations; else what the data tell.")
+    ] = "",
     metric: Annotated[str, typer.Option(help="The score that counts.")] = "",
     split: Annotated[str, typer.Option(help="Of CLIP_benchmark's layout.")] = "test",
     classes: Annotated[str, typer.Option(help="Class names: a text, one a line, or JSON with classnames.")] = "",
@@ -51,7 +53,7 @@ def eval_command(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Evaluate a model: zero-shot classification, multi-label sets, retrieval; with intervals.
+    """Evaluate a model: zero-shot classification, multi-label sets, retrieval, associations; with intervals.
 
     torchrun --nproc-per-node N -m clipscale.cli eval … shares the work over N processes, with the same numbers.
     """

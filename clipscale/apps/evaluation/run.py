@@ -18,7 +18,7 @@ from clipscale.apps.asking import ask
 from clipscale.apps.evaluation.pictures import confusion_file, draw_confusion, draw_results
 from clipscale.apps.evaluation.results import RESULTS, Results, compare, read_results, summarise, write_results
 from clipscale.apps.evaluation.tables import differences, overview, task_table
-from clipscale.apps.evaluation.tasks import Answer, Task, run_task
+from clipscale.apps.evaluation.tasks import Answer, Task, is_listed, run_task
 from clipscale.apps.writing import check_writable
 from clipscale.distributed.collectives import rank
 from clipscale.errors import ConfigError, DataError
@@ -50,7 +50,7 @@ def evaluate_tasks(
     _check_places(tasks)
     context = ask(where, device, batch_size)
     if out is not None and rank() == 0:
-        check_writable(out / RESULTS)
+        check_writable(out / RESULTS, "--out")
     answers = _ask_all(tasks, context)
     if rank() != 0:
         return {}
@@ -72,7 +72,7 @@ def evaluate_tasks(
 
 def _check_places(tasks: Sequence[Task]) -> None:
     """Raise DataError where one of several data sets is no path: before the first is asked, not after the others."""
-    local = [task.path for task in tasks if not any(mark in task.path for mark in ("://", "::", "{"))]
+    local = [task.path for task in tasks if not is_listed(task.path)]
     gone = [path for path in local if not Path(path).expanduser().exists()]
     if gone and len(tasks) > 1:
         raise DataError(f"{gone[0]} does not exist; of {len(tasks)} data sets {len(gone)} do not")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipscale.config.data import Data
-from clipscale.data.associations import Associations, association_table, open_associations
+from clipscale.data.associations import LAYOUT, Associations, association_table, open_associations
 from clipscale.data.collections import CLIP_FIELD, IMAGE_KEYS, Collection, Folder, listed_captions, open_collection
 from clipscale.data.evalset import EvalSet
 from clipscale.data.labels import places_among
@@ -38,7 +38,7 @@ class Task:
     """A data set and a question. Fields are the keys of a suite's tasks, and options of ``clipscale eval``."""
 
     path: str
-    """What :func:`clipscale.data.collections.open_collection` takes."""
+    """What :func:`clipscale.data.collections.open_collection` takes, or WinoGAViL's table or its directory."""
     name: str = ""
     """Shown in tables; empty is the last part of the path."""
     kind: str = ""
@@ -48,7 +48,7 @@ class Task:
     split: str = "test"
     """Of CLIP_benchmark's layout."""
     templates: str = ""
-    """A set of prompt templates by name, or a file; empty: the data's own, or a photo of a …"""
+    """A set of prompt templates by name, or a file; empty: the data's own, or a photo of a …; of associations, a …"""
     negatives: str = ""
     """Templates that deny a label, for ``multilabel``: a file; empty: none."""
     classes: str = ""
@@ -136,8 +136,18 @@ def run_task(task: Task, context: EvalContext) -> Answer:
     return Answer(task, asked, samples.about.damaged)
 
 
+def is_listed(path: str) -> bool:
+    """Whether it names shards by a pattern or a list, or lies elsewhere, and so is no path here."""
+    return any(mark in path for mark in ("://", "::", "{"))
+
+
 def _open(task: Task) -> Collection:
     columns: dict[str, Any] = {}
+    asked = task.kind in ("", "associations") and not is_listed(task.path)
+    if asked and (table := association_table(task.path)) is not None:
+        return open_associations(table)
+    if task.kind == "associations":
+        raise DataError(f"{task.path} neither is nor holds {LAYOUT}")
     if is_table(task.path):
         columns = {
             "image_column": task.image_column or None,
@@ -145,8 +155,6 @@ def _open(task: Task) -> Collection:
             "label_column": None if task.labels else task.label_key.removeprefix("json:") or None,
             "one_per_image": task.kind == "retrieval",
         }
-    elif task.kind == "associations" or (not task.kind and association_table(Path(task.path)) is not None):
-        return open_associations(Path(task.path))
     return open_collection(task.path, split=task.split, clips=task.clips, **columns)
 
 
@@ -291,7 +299,7 @@ def _ask_pairs(task: Task, samples: Collection, context: EvalContext) -> Asked:
 
 def _ask_associations(task: Task, samples: Collection, context: EvalContext) -> Asked:
     if not isinstance(samples, Associations):
-        raise ConfigError("a table of images has no candidates; name the directory that holds such a .csv")
+        raise DataError(f"{task.path} says that it holds associations, and has no {LAYOUT.removeprefix('a ')}")
     prompts = usable(templates(task.templates), task.shown) if task.templates else None
     return ask_associations(context, _evalset(task, samples, context), samples.questions, prompts)
 

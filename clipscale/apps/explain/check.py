@@ -53,7 +53,7 @@ def check(where: str, dataset: str, options: Options, out: Path | None, device: 
         raise ConfigError(f"--out {out}: the picture is a .png")
     context = ask(where, device)
     if out is not None:
-        check_writable(out)
+        check_writable(out, "--out")
     items, unusable = _items(context, dataset, options)
     found = measure(context, items, options)
     result = summary(found, options) | {"unusable": unusable}

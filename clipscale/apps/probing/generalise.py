@@ -95,7 +95,7 @@ def generalise(
         raise ConfigError(f"--most {options.most}: damage one image or more")
     context = ask(where, device, batch_size)
     if rank() == 0:
-        check_writable(out / REPORT)
+        check_writable(out / REPORT, "--out")
     named = {"train": train, "held out": held_out} | dict(one.split("=", 1) for one in options.shifted)
     opened = {name: open_labelled(place, _split(name), options.label_key) for name, place in named.items()}
     question = Question(context, class_names(options.classes, *opened.values()))

@@ -88,7 +88,7 @@ def probe(
         raise ConfigError("--plot shows the few-shot curve; say how many shots: --shots 1,2,4,8,16")
     context = ask(where, device, batch_size)
     if options.plot is not None and rank() == 0:
-        check_writable(options.plot)
+        check_writable(options.plot, "--plot")
     places = {"train": train, "test": test} | ({"val": options.val} if options.val else {})
     opened = {name: open_labelled(place, _SPLITS[name], options.label_key) for name, place in places.items()}
     classes = class_names(options.classes, *opened.values())
