@@ -89,7 +89,7 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
 
 
 def _destroy_groups_of_the_job(dist: Any) -> None:
-    """Leave the group of all ranks alone: every gloo group polls its connections in a thread of its own."""
+    """Each gloo group polls its connections in a thread. Those of meshes stay: DTensor's caches know them."""
     for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
+        if group is not dist.group.WORLD and not group.group_desc.startswith("mesh_"):
             dist.destroy_process_group(group)
