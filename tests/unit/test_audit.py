@@ -237,10 +237,12 @@ def test_the_command_tells_all_of_it(place: Path, tmp_path: Path, capsys: pytest
     page = Page(text)
     assert not page.open and not page.fetched and "<b>tall" not in text and "&lt;b&gt;tall" in text
     plain = Options(["parity=json:name~([02468])$"])
-    with pytest.raises(ClipscaleError, match="cannot be written"):
-        audit(
-            str(place / "model"), str(place / "00000.tar"), plain, place / "words.yaml" / "x.html", "cpu", as_json=False
-        )
+    model, shard = str(place / "model"), str(place / "00000.tar")
+    with pytest.raises(ClipscaleError, match=r"cannot be written: .* is no directory .*; choose another --out"):
+        audit(model, shard, plain, place / "words.yaml" / "x.html", "cpu", as_json=False)
+    assert not capsys.readouterr().out, "told before the model is asked"
+    with pytest.raises(ClipscaleError, match="cannot be written: File name too long"):
+        audit(model, shard, plain, tmp_path / f"{'x' * 300}.html", "cpu", as_json=False)
     told = capsys.readouterr().out
     assert "accuracy, one of" in told and "29 images are of no parity" in told, "numbers outlive a page"
 
