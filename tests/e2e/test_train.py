@@ -172,16 +172,17 @@ def test_torchrun_by_hand(undisturbed: tuple[Path, str], recipe: list[str]) -> N
     assert_equal_runs(undisturbed[0].with_name("by-hand"), undisturbed[0], 1e-4)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_on_other_world_sizes(undisturbed: tuple[Path, str], recipe: list[str]) -> None:
     """kill -9 of everything at random steps, each time resumed on another number of processes."""
     path = undisturbed[0].with_name("killed")
     draw = random.Random(0)
-    for attempt, world in enumerate([2, 1]):
+    for attempt, world in enumerate([1, 2, 1]):
         process = subprocess.Popen(
             command(*recipe, "name=killed", f"cluster.processes_per_node={world}"),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        goal = BATCH * (20 * attempt + draw.randint(2, 20))
+        goal = BATCH * (15 * attempt + draw.randint(2, 15))
         deadline = time.monotonic() + 200
         while process.poll() is None and time.monotonic() < deadline:
             if (path / "metrics.jsonl").exists() and max(losses(path), default=0) >= goal:
