@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance
 
+from clipscale.apps.data import contamination
+from clipscale.apps.data.contamination import best_copies
 from clipscale.apps.data.dedup import dedup
 from clipscale.apps.data.filter import filter_shards
-from clipscale.apps.data.likeness import alike, first_of_each, near_pairs, perceive
+from clipscale.apps.data.likeness import Pictures, alike, first_of_each, near_pairs, perceive
 from clipscale.apps.data.shards import all_samples
 from clipscale.errors import ClipscaleError
 from tests.shards import shard_files, write_shard
@@ -189,6 +191,38 @@ def test_the_list_of_duplicates_is_one_for_the_filter(source: Path, tmp_path: Pa
 def test_a_distance_of_none_takes_equal_pictures_alone(source: Path, tmp_path: Path) -> None:
     account = dedup(PATTERN, tmp_path, [f"data.root={source}"], distance=0, jobs=1)
     assert account is not None and account.dropped == {"exact_duplicate": 2, "undecodable_image": 1}
+
+
+@pytest.mark.parametrize("most", [1, 7, 1 << 18])
+def test_the_best_copy_is_that_of_a_comparison_of_all_with_all(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where many are one picture, such as blanks, and the pairs are more than are looked at in one go."""
+    monkeypatch.setattr(contamination, "PAIRS", most)
+    monkeypatch.setattr(contamination, "BLOCK", 100)
+    draw = np.random.default_rng(0)
+
+    def pictures(count: int) -> Pictures:
+        hashes = np.uint64(1) << draw.integers(0, 4, count).astype(np.uint64)
+        hashes[: count // 3] = 0
+        exact, cells = (
+            draw.integers(0, 6, (count, 2)).astype(np.uint64),
+            np.repeat(draw.integers(0, 250, (count, 1)), 192, 1),
+        )
+        none = np.empty(0, np.uint64)
+        return Pictures(
+            [""] * count, np.arange(count), exact, hashes, cells.astype(np.uint8), none, none.astype(np.int64)
+        )
+
+    ours, theirs = pictures(40), pictures(30)
+    expected: dict[int, tuple[int, int, int]] = {}
+    for image in range(30):
+        for other in range(40):
+            bits = (int(theirs.hash[image]) ^ int(ours.hash[other])).bit_count()
+            same = theirs.exact[image].tolist() == ours.exact[other].tolist()
+            if bits <= 1 and (same or alike(theirs.cells[image, None], ours.cells[other, None], 1)[0]):
+                copy = (int(not same), bits, other)
+                expected[image] = min(expected.get(image, copy), copy)
+    assert len(expected) < 30 and {kind for kind, _, _ in expected.values()} == {0, 1}
+    assert best_copies(ours, theirs, 1) == expected
 
 
 def test_contamination(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,8 @@ from clipscale.config.data import Data
 from clipscale.data.manifest import ShardFile
 from clipscale.errors import DataError
 
-BLOCK = 1 << 24  # pairs of an evaluation and a training image that are compared in one go
+BLOCK = 1 << 24  # pairs of an evaluation and a training image that are compared by their hashes in one go
+PAIRS = 1 << 18  # of those whose hashes are alike, that are compared by their colours in one go
 
 
 class CompareTask(NamedTuple):
@@ -100,10 +101,8 @@ def compare(task: CompareTask) -> dict[str, Any]:
     """The best match in one training shard of each evaluation image, and the first sample with a caption of its."""
     ours, theirs = load_pictures(task.train), _evaluation(task.evaluation)
     shard = int(task.train.stem)
-    best: dict[int, tuple[int, int, int, int]] = {}
-    for image, other, kind, apart in alike_pairs(ours, theirs, task.distance):
-        match = (kind, apart, shard, int(ours.places[other]))
-        best[image] = min(best.get(image, match), match)
+    copies = best_copies(ours, theirs, task.distance)
+    best = [(image, (kind, bits, shard, int(ours.places[other]))) for image, (kind, bits, other) in copies.items()]
     known: dict[int, int] = {}
     for caption, owner in zip(ours.captions.tolist(), ours.caption_of.tolist(), strict=True):
         known.setdefault(caption, owner)
@@ -112,21 +111,28 @@ def compare(task: CompareTask) -> dict[str, Any]:
         if caption in known:
             first = (shard, int(ours.places[known[caption]]))
             said[owner] = min(said.get(owner, first), first)
-    return {"pictures": sorted(best.items()), "captions": sorted(said.items())}
+    return {"pictures": sorted(best), "captions": sorted(said.items())}
 
 
-def alike_pairs(ours: Pictures, theirs: Pictures, distance: int) -> Iterator[tuple[int, int, int, int]]:
-    """``(evaluation image, training image, kind, bits apart)``: all with all, of one training shard."""
+def best_copies(ours: Pictures, theirs: Pictures, distance: int) -> dict[int, tuple[int, int, int]]:
+    """``(kind, bits apart, training image)`` of each evaluation image that one training shard has, kind 0 exact and 1
+    near: the exact before the near, then the one with the fewest bits, then the first."""
+    best: dict[int, tuple[int, int, int]] = {}
     step = max(1, BLOCK // max(1, len(ours.hash)))
     for start in range(0, len(theirs.hash), step):
         apart = np.bitwise_count(theirs.hash[start : start + step, None] ^ ours.hash[None])
-        images, others = np.nonzero(apart <= distance)
-        bits = apart[images, others]
-        images += start
-        same = (theirs.exact[images] == ours.exact[others]).all(axis=1)
-        chosen = same | alike(theirs.cells[images], ours.cells[others], distance)
-        found = (images[chosen], others[chosen], (~same[chosen]).astype(np.int64), bits[chosen])
-        yield from zip(*(column.tolist() for column in found), strict=True)
+        close = np.argwhere(apart <= distance)
+        for first in range(0, len(close), PAIRS):  # thousands of blank images are alike all with all
+            rows, others = close[first : first + PAIRS].T
+            images, bits = rows + start, apart[rows, others]
+            near = (theirs.exact[images] != ours.exact[others]).any(axis=1)
+            chosen = ~near | alike(theirs.cells[images], ours.cells[others], distance)
+            found = np.stack([images, near, bits, others])[:, chosen]
+            found = found[:, np.lexsort(found[::-1])]
+            _, firsts = np.unique(found[0], return_index=True)
+            for image, *copy in found[:, firsts].T.tolist():
+                best[image] = min(best.get(image, tuple(copy)), tuple(copy))
+    return best
 
 
 def _merge(results: Iterable[dict[str, Any]]) -> tuple[dict[int, Match], dict[int, tuple[int, int]]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from clipscale.apps.data.contamination import alike_pairs
+from clipscale.apps.data.contamination import best_copies
 from clipscale.apps.data.likeness import Pictures, perceive
 from clipscale.data.collections import IMAGE_KEYS
 from clipscale.data.evalset import EvalItem
@@ -53,19 +53,19 @@ def contacts(
     The last five fields of an item are its digest, and what :func:`perceived` adds.
     """
     cosines, places = nearest(train, held_out)
-    copies: dict[int, tuple[int, int, int]] = {}  # the best: by kind, then the fewest bits, then the first
+    copies: dict[int, tuple[int, int, int]] = {}  # the best, as they are before as mirrored
     for mirrored in (False, True):
-        for one, other, kind, apart in alike_pairs(_pictures(known), _pictures(asked, mirrored), DISTANCE):
-            copy = (2 if mirrored else kind, apart, other)
-            copies[one] = min(copies.get(one, copy), copy)
-    found = []
+        found = best_copies(_pictures(known), _pictures(asked, mirrored), DISTANCE)
+        for one, (kind, bits, other) in found.items():
+            copies.setdefault(one, (2 if mirrored else kind, bits, other))
+    told = []
     for number, item in enumerate(asked):
         contact = Contact(item.place, known[int(places[number])].place, cosines[number].item())
         if number in copies:
             kind, _, other = copies[number]
             contact = replace(contact, copy=KINDS[kind], copy_of=known[other].place)
-        found.append(contact)
-    return found
+        told.append(contact)
+    return told
 
 
 def _pictures(items: Sequence[EvalItem], mirrored: bool = False) -> Pictures:
