@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 
 from clipscale.data.evalset import EvalItem
 from clipscale.data.order import permutation
-from clipscale.evals.bootstrap import interval, resampled_means, share_interval
+from clipscale.evals.bootstrap import share_interval
 from clipscale.evals.protocol import EvalContext
 from clipscale.evals.retrieval import Matches, recall
 from clipscale.evals.zeroshot import Classes, classify
@@ -80,9 +81,20 @@ class Question:
 
 
 def gap(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float, float]:
-    """Mean of Float64[N] less that of Float64[M], of other images, and its 95 % interval."""
-    low, high = interval(resampled_means(one, seed=1) - resampled_means(other, seed=2))
-    return one.mean().item() - other.mean().item(), low, high
+    """Mean of Float64[N] hits less that of Float64[M], of other images, and its 95 % interval: from those of both
+    (Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10)."""
+    (low, value, high), (other_low, other_value, other_high) = _share(one), _share(other)
+    change = value - other_value
+    return (
+        change,
+        change - math.hypot(value - low, other_high - other_value),
+        change + math.hypot(high - value, other_value - other_low),
+    )
+
+
+def _share(hits: torch.Tensor) -> tuple[float, float, float]:
+    low, high = share_interval(hits)
+    return low, hits.mean().item(), high
 
 
 def quarters(values: torch.Tensor) -> list[torch.Tensor]:

@@ -63,10 +63,19 @@ def test_the_gap_of_equal_sets_is_nothing() -> None:
     assert value == 0.75 and low > 0.7
 
 
+def test_the_gap_of_newcombes_example() -> None:
+    """Table II of the paper, its first example by method 10: 56 of 70 less 48 of 80 is 0.2, from 0.0524 to 0.3339."""
+    sets = [torch.arange(count) < hits for hits, count in ((56, 70), (48, 80))]
+    value, low, high = gap(*(hits.double() for hits in sets))
+    assert value == pytest.approx(0.2) and (low, high) == pytest.approx((0.0524, 0.3339), abs=0.02)
+
+
 def test_a_few_images_that_all_agree_are_not_sure() -> None:
     for hit in (0.0, 1.0):
         part = Part.of(torch.full((3,), hit, dtype=torch.float64))
         assert part is not None and part.value == hit and part.high - part.low > 0.5
+        value, low, high = gap(torch.ones(3), torch.full((3,), hit, dtype=torch.float64))
+        assert value == 1 - hit and high - low > 0.5 and -1 <= low <= value <= high <= 1
     assert Part.of(torch.zeros(0)) is None
 
 
