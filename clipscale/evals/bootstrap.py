@@ -43,9 +43,10 @@ def interval(means: NDArray[np.float64], level: float = LEVEL) -> tuple[float, f
 
 
 def share_interval(hits: torch.Tensor) -> tuple[float, float]:
-    """The 95 % interval of the mean of Float[N] hits: the bootstrap's, or where all are alike Wilson's."""
+    """The 95 % interval of the mean of Float[N] or Float[R, N] hits (see :func:`resampled_means`): the bootstrap's, or
+    where all are alike Wilson's."""
     if hits.min() == hits.max():
-        return wilson(hits[0].item(), len(hits))
+        return wilson(hits.max().item(), hits.shape[-1])
     return interval(resampled_means(hits))
 
 

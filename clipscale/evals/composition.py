@@ -12,7 +12,7 @@ from math import comb
 import torch
 
 from clipscale.data.questions import Question
-from clipscale.evals.bootstrap import interval, resampled_means
+from clipscale.evals.bootstrap import share_interval
 from clipscale.evals.protocol import EvalContext, Images
 
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
@@ -82,5 +82,4 @@ def exceed(right: Sequence[float], wrong: Sequence[float]) -> float:
 
 def _score(name: str, answers: Sequence[tuple[float, float]]) -> Score:
     values, chances = torch.tensor(answers, dtype=torch.float64).T
-    low, high = interval(resampled_means(values))
-    return Score(name, values.mean().item(), low, high, chances.mean().item(), len(answers))
+    return Score(name, values.mean().item(), *share_interval(values), chances.mean().item(), len(answers))

@@ -9,7 +9,7 @@ import torch
 
 from clipscale.data.order import permutation
 from clipscale.errors import DataError
-from clipscale.evals.bootstrap import interval, resampled_means
+from clipscale.evals.bootstrap import share_interval
 from clipscale.evals.linear_probe import Labelled, Regression, choose_c
 
 SHOTS = (1, 2, 4, 8, 16)
@@ -54,8 +54,7 @@ def few_shot(
         hits.append((logits.argmax(dim=1) == test.labels).double())
         chosen.append(c)
     table = torch.stack(hits)
-    low, high = interval(resampled_means(table))
-    return Shots(shots, table.mean(dim=1).tolist(), table.mean().item(), low, high, chosen)
+    return Shots(shots, table.mean(dim=1).tolist(), table.mean().item(), *share_interval(table), chosen)
 
 
 def draw_shots(

@@ -255,17 +255,22 @@ def test_results_are_stored_and_compared(
     assert set(found) == {"classes", "pairs", "labels", AGGREGATE} and found["pairs"].change == 0
     assert found["classes"].low <= found["classes"].change <= found["classes"].high
     show_results([tmp_path / "one", tmp_path / "two"], None, tmp_path / "both.png", 10, False)
-    assert (tmp_path / "both.png").read_bytes()[:4] == b"\x89PNG" and "labels" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert (tmp_path / "both.png").read_bytes()[:4] == b"\x89PNG" and "labels" in shown.out and not shown.err
     show_results([], (tmp_path / "one", tmp_path / "two"), None, 10, False)
     assert "B: two" in capsys.readouterr().out
 
 
-def test_other_queries_are_not_compared(model: str, sets: Path, tmp_path: Path) -> None:
+def test_other_queries_are_not_compared(
+    model: str, sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("pairs.tar", "benchmark"):
         task = Task(f"{sets}/{name}", "same", "zeroshot" if name == "benchmark" else "retrieval")
         evaluate_tasks(model, [task], device="cpu", resamples=5, out=tmp_path / name)
     with pytest.raises(ConfigError, match="not asked the same queries"):
         show_results([], (tmp_path / "pairs.tar", tmp_path / "benchmark"), None, 5, False)
+    show_results([tmp_path / "pairs.tar", tmp_path / "benchmark"], None, None, 5, True)
+    assert "warning: same: benchmark and pairs.tar were not asked the same queries" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="holds no results"):
         read_results(sets)
 

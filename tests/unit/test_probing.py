@@ -18,6 +18,7 @@ from clipscale.apps.probing.probe import Options, probe
 from clipscale.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from clipscale.data.evalset import EvalItem
 from clipscale.errors import ConfigError, DataError
+from clipscale.evals.bootstrap import share_interval
 from clipscale.evals.generalisation import Part, Question, gap, quarters
 from tests.shards import jpeg, sample, write_shard, write_shards
 
@@ -77,6 +78,7 @@ def test_a_few_images_that_all_agree_are_not_sure() -> None:
         value, low, high = gap(torch.ones(3), torch.full((3,), hit, dtype=torch.float64))
         assert value == 1 - hit and high - low > 0.5 and -1 <= low <= value <= high <= 1
     assert Part.of(torch.zeros(0)) is None
+    assert share_interval(torch.ones(4, 3)) == share_interval(torch.ones(3)), "of four draws over the same three images"
 
 
 def test_quarters_are_by_value() -> None:

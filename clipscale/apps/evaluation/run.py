@@ -121,6 +121,7 @@ def show_results(
         _draw(results, plot)
     console = rich.console.Console()
     if compared is None:
+        _warn_of_other_queries(results)
         if as_json:
             print(json.dumps({one.name: one.content for one in results}))
         else:
@@ -134,6 +135,15 @@ def show_results(
         print(json.dumps([one.plain for one in found]))
     else:
         console.print(differences(found, results[0].name, results[1].name, LEVEL))
+
+
+def _warn_of_other_queries(results: Sequence[Results]) -> None:
+    for name in dict.fromkeys(name for one in results for name in one.tasks):
+        first, *others = (one for one in results if name in one.tasks)
+        odd = [one.name for one in others if not one.outcomes[name].same_queries(first.outcomes[name])]
+        if odd:
+            who = f"{', '.join(odd)} and {first.name} were not asked the same queries"
+            print(f"warning: {name}: {who}; their scores cannot be compared", file=sys.stderr)
 
 
 def _draw(results: Sequence[Results], plot: Path) -> None:
