@@ -41,9 +41,14 @@ def here(device: str) -> Runtime:
 
     Raises ConfigError for a device that there is not.
     """
-    if device not in DEVICES:
-        raise ConfigError(f"--device {device}: choose from {', '.join(DEVICES)}")
+    check_device(device)
     if not dist.is_initialized():
         return start(device, TIMEOUT_S)
     where = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     return Runtime(rank(), world_size(), int(os.environ.get("LOCAL_RANK", rank())), where)
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError for what is no choice of ``--device``."""
+    if device not in DEVICES:
+        raise ConfigError(f"--device {device}: choose from {', '.join(DEVICES)}")

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from clipscale.apps.audit.captions import count_words
+from clipscale.apps.audit.card import audit_section
 from clipscale.apps.audit.command import Options, audit, gap_in_words
 from clipscale.apps.audit.groups import parse_group, read_labels, read_words
 from clipscale.checkpoint.export import write_safetensors
@@ -233,6 +234,11 @@ def test_the_command_tells_all_of_it(place: Path, tmp_path: Path, capsys: pytest
     shares = [of["overall"]["rate"] for of in found["labels"]["sets"].values()]
     assert sum(shares) == pytest.approx(1), "each image gets one label"
     assert found["captions"]["samples"] == 60 and set(found["captions"]["associations"]) == {"red", "green"}
+    (tmp_path / "audit.json").write_text(json.dumps(found))
+    for group, row in found["captions"]["associations"].items():
+        for attribute, one in row.items():
+            cells = f"| {group} | {attribute} | {one['both']} of {one['named']} | {one['log_odds']:+.2f} ["
+            assert cells.replace("<", "&lt;") in audit_section(tmp_path / "audit.json")
     text = (tmp_path / "audit.html").read_text()
     page = Page(text)
     assert not page.open and not page.fetched and "<b>tall" not in text and "&lt;b&gt;tall" in text

@@ -34,6 +34,8 @@ def _section(found: Mapping[str, Any]) -> str:
         parts += [_table(name, measured), *_gaps(name, measured)]
     for name, of in found.get("labels", {}).get("sets", {}).items():
         parts.append(f"Labels of {_plain(name)}: {', '.join(map(_plain, of['labels']))}.")
+    if "captions" in found:
+        parts.append(_words(found["captions"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -46,6 +48,21 @@ def _table(group: str, measured: Mapping[str, Any]) -> str:
     for name, first in spreads[0].items():
         cells = (f"{r['rate']:.1%} [{r['low']:.1%}, {r['high']:.1%}]" for r in (spread[name] for spread in spreads))
         lines.append(f"| {_plain(name)}{'*' if first['small'] else ''} | {first['images']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _words(found: Mapping[str, Any]) -> str:
+    lines = [
+        f"Words in {found['samples']:,} training captions. Log odds above 0: captions that name this group and no "
+        "other have the attribute more often than those that name others and not this one.",
+        "",
+        "| group | attribute | captions with both | log odds |",
+        "|---|---|---|---|",
+    ]
+    for group, row in found["associations"].items():
+        for attribute, one in row.items():
+            odds = f"{one['log_odds']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]"
+            lines.append(f"| {_plain(group)} | {_plain(attribute)} | {one['both']:,} of {one['named']:,} | {odds} |")
     return "\n".join(lines)
 
 

@@ -11,14 +11,13 @@ from functools import cached_property
 import torch
 from PIL import Image
 
+from clipscale.apps.asking import check_device
 from clipscale.checkpoint.loading import load
-from clipscale.config.schema import Device
 from clipscale.data.samples import decode_image, eval_crop, preprocess
 from clipscale.data.tokenizer import Tokenizer
 from clipscale.errors import ConfigError
 from clipscale.models import CLIP
 
-DEVICES = tuple(device.value for device in Device)
 BATCH = 64
 
 
@@ -71,8 +70,7 @@ class Towers:
 
 def open_towers(where: str, device: str) -> Towers:
     """Open what ``clipscale.load`` takes. Raises ClipscaleError where it cannot."""
-    if device not in DEVICES:
-        raise ConfigError(f"--device {device}: choose from {', '.join(DEVICES)}")
+    check_device(device)
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda, but torch sees no CUDA device here; use --device cpu")
     place = "cpu"
