@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from clipscale.evals.bootstrap import interval
+from clipscale.evals.bootstrap import interval, wilson
 from clipscale.evals.scores import Floats, Ranked, calibration_error, class_recalls, macro_f1, mean
 
 Weights = Mapping[str, Floats]
@@ -60,6 +60,11 @@ class Outcome:
         return {}
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Of how many queries a score is the mean, for the scores that are one."""
+        return {}
+
+    @property
     def all(self) -> dict[str, Floats]:
         """Weights with which every query counts once."""
         return {name: np.ones(size) for name, size in self.sizes.items()}
@@ -93,6 +98,15 @@ class Classified(Outcome):
         """Of a random answer."""
         count = len(self.names)
         return {"top1": 1 / count, "top5": min(5 / count, 1.0), "mean_per_class_recall": 1 / count}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Means of means count as what they are means of; a worst group as the smallest one."""
+        found = dict.fromkeys(("top1", "top5", "mean_per_class_recall", "macro_f1"), self.sizes["samples"])
+        if "group" in self.arrays:
+            smallest = int(np.unique(self.arrays["group"], return_counts=True)[1].min())
+            found |= dict.fromkeys(("worst_group_top1", "worst_group_top5"), smallest)
+        return found
 
 
 class Labelled(Outcome):
@@ -145,6 +159,11 @@ class Retrieved(Outcome):
         luck = {name: float(self.arrays[f"{name}_chance"].mean()) for name in self._names()}
         return luck | {"mean_r1": (luck["i2t_r1"] + luck["t2i_r1"]) / 2}
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images, or texts; for the mean of both, the fewer."""
+        return {name: len(self.arrays[name]) for name in self._names()} | {"mean_r1": min(self.sizes.values())}
+
     def _names(self) -> list[str]:
         return [name for name in self.arrays if not name.endswith("_chance")]
 
@@ -166,6 +185,11 @@ class Associated(Outcome):
         """Of choosing as many at random."""
         luck = self.arrays["jaccard_chance"]
         return {"jaccard": float(luck.mean())} | {name: float(luck[rows].mean()) for name, rows in self._parts.items()}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Cues."""
+        return {"jaccard": self.sizes["samples"]} | {name: len(rows) for name, rows in self._parts.items()}
 
     @cached_property
     def _parts(self) -> dict[str, NDArray[np.int64]]:
@@ -189,6 +213,17 @@ def intervals(drawn: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, fl
         values = np.array([scores[name] for scores in drawn])
         values = values[~np.isnan(values)]
         found[name] = interval(values) if len(values) else (math.nan, math.nan)
+    return found
+
+
+def score_intervals(outcome: Outcome, drawn: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
+    """The :func:`intervals` of scores, ``drawn`` from :func:`resampled`; Wilson's of a mean over queries that are all
+    alike, from which a draw cannot differ. A score that chance has for certain is a point."""
+    found = intervals(drawn)
+    for name, count in outcome.counts.items():
+        low, high = found[name]
+        if low == high != outcome.chances.get(name):
+            found[name] = wilson(low, count)
     return found
 
 

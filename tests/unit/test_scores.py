@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from clipscale.evals.outcomes import Labelled, Retrieved, intervals, resampled
+from clipscale.evals.bootstrap import wilson
+from clipscale.evals.outcomes import Classified, Labelled, Retrieved, intervals, resampled, score_intervals
 from clipscale.evals.scores import Ranked, calibration_error, class_recalls, macro_f1, mean
 
 
@@ -88,3 +89,19 @@ def test_intervals_cover_as_often_as_they_say() -> None:
         low, high = intervals(resampled(Retrieved(arrays, (), ""), 100, seed))["mean_r1"]
         covered += low <= 0.4 <= high
     assert 88 <= covered <= 100
+
+
+def test_queries_that_are_all_alike_are_not_sure() -> None:
+    """Of ten right answers, none is wrong in any draw, and yet another ten could be."""
+    ten, label = np.ones(10), np.arange(10) % 4
+    arrays = {"label": label, "answer": label, "top1": ten, "top5": ten, "confidence": ten, "group": np.arange(10) // 8}
+    outcome = Classified(arrays, tuple("abcd"), "")
+    found = score_intervals(outcome, resampled(outcome, 50))
+    assert found["top1"] == found["mean_per_class_recall"] == wilson(1.0, 10) and found["top1"][0] < 0.75
+    assert found["worst_group_top1"] == wilson(1.0, 2), "the smaller group has two"
+    assert found["top5"] == (1, 1), "four classes are among the first five for certain"
+    hits = {f"{way}_r1": np.zeros(size) for way, size in (("i2t", 3), ("t2i", 5))}
+    ranked = Retrieved(hits | {f"{name}_chance": array + 0.1 for name, array in hits.items()}, (), "")
+    assert score_intervals(ranked, resampled(ranked, 50)) == {
+        "i2t_r1": wilson(0.0, 3), "t2i_r1": wilson(0.0, 5), "mean_r1": wilson(0.0, 3),
+    }  # fmt: skip

@@ -19,7 +19,7 @@ from clipscale.apps.evaluation.tasks import Answer
 from clipscale.apps.writing import whole
 from clipscale.errors import ConfigError, masked
 from clipscale.evals.bootstrap import LEVEL
-from clipscale.evals.outcomes import OUTCOMES, Outcome, intervals, resampled
+from clipscale.evals.outcomes import OUTCOMES, Outcome, intervals, resampled, score_intervals
 
 RESULTS, OUTCOMES_FILE = "results.json", "outcomes.npz"
 AGGREGATE = "aggregate"
@@ -66,6 +66,7 @@ def summarise(where: str, answers: Sequence[Answer], resamples: int) -> dict[str
 
 def _task(answer: Answer, drawn: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     outcome = answer.outcome
+    bounds = score_intervals(outcome, drawn)
     return {
         "name": answer.task.shown,
         "path": masked(answer.task.path),
@@ -75,7 +76,7 @@ def _task(answer: Answer, drawn: Sequence[Mapping[str, float]]) -> dict[str, Any
         "keys": outcome.keys,
         "bad_samples": answer.bad,
         "scores": {name: _plain(value) for name, value in outcome.scores(outcome.all).items()},
-        "intervals": {name: [_plain(low), _plain(high)] for name, (low, high) in intervals(drawn).items()},
+        "intervals": {name: [_plain(low), _plain(high)] for name, (low, high) in bounds.items()},
         "chance": {name: _plain(value) for name, value in outcome.chances.items()},
     }
 
