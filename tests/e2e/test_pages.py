@@ -25,8 +25,8 @@ from tests.runs import run_here
 from tests.shards import jpeg, write_shard
 
 ROOT = Path(__file__).parents[2]
-TESTED_ELSEWHERE = ("evaluating", "auditing", "explaining", "searching", "search_page", "packing", "mistakes")
-PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").rglob("*.md")) if p.stem not in TESTED_ELSEWHERE)]
+ELSEWHERE = ("evaluating", "auditing", "explaining", "searching", "packing", "mistakes", "search_page", "finetune")
+PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").rglob("*.md")) if p.stem not in ELSEWHERE)]
 BEYOND = {
     r"cluster=(node8|gpu1|slurm|k8s)|launcher=submitit|ray\b": "GPUs or a cluster",
     r"s3://|open_clip:|hf:|=lit\b|tracking=online": "a bucket, a hub or a tracker",

@@ -316,21 +316,27 @@ def test_the_examples_run(
         assert capsys.readouterr().out
 
 
-def test_from_a_folder_to_a_search_page(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command of the tutorial, from its own pictures on; but for the server, which would not end."""
-    page = (ROOT / "docs" / "tutorials" / "search_page.md").read_text()
+@pytest.mark.parametrize("tutorial", ["search_page", "finetune"])
+def test_a_tutorial_runs(demo: Path, tutorial: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of it, from its own pictures on; but for the server, which would not end, and for a shorter run."""
+    page = (ROOT / "docs" / "tutorials" / f"{tutorial}.md").read_text()
     monkeypatch.chdir(demo)
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(block, {})
     lines = "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).replace("\\\n", " ").splitlines()
+    said = {}
     for line in lines:
         words = shlex.split(line)[1:]
         if words[0] == "train":
-            assert "done: " in run_here(*words[1:], "tracking=disabled")
+            assert "done: " in run_here(*words[1:], "tracking=disabled", "total_samples=640")
         else:
             done = CliRunner().invoke(app, words, catch_exceptions=False)
             assert done.exit_code == 0, done.output
-    assert done.stdout.count(".png") == 3, done.stdout
+            said[words[0]] = done.stdout
+    if tutorial == "search_page":
+        assert said["search"].count(".png") == 3, said
+    else:
+        assert "B: after" in said["results"] and (demo / "arrows-model" / "README.md").exists()
 
 
 def test_eval_on_other_data(demo: Path, data: Path) -> None:
