@@ -7,8 +7,8 @@ import os
 import torch
 import torch.distributed as dist
 
+from clipscale.apps.devices import check_device
 from clipscale.checkpoint.loading import open_model
-from clipscale.config.schema import Device
 from clipscale.distributed.collectives import rank, world_size
 from clipscale.distributed.runtime import Runtime, start
 from clipscale.errors import ConfigError
@@ -16,7 +16,6 @@ from clipscale.evals import EvalContext
 from clipscale.parallel import unsharded
 from clipscale.trainer.build import eval_context, once_per_node
 
-DEVICES = tuple(device.value for device in Device)
 TIMEOUT_S = 1800.0  # for which ranks wait for each other: one may decode large images while another is done
 
 
@@ -46,9 +45,3 @@ def here(device: str) -> Runtime:
         return start(device, TIMEOUT_S)
     where = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     return Runtime(rank(), world_size(), int(os.environ.get("LOCAL_RANK", rank())), where)
-
-
-def check_device(device: str) -> None:
-    """Raises ConfigError for what is no choice of ``--device``."""
-    if device not in DEVICES:
-        raise ConfigError(f"--device {device}: choose from {', '.join(DEVICES)}")

@@ -55,4 +55,13 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     z = NORMAL**2 / count
     middle = (share + z / 2) / (1 + z)
     half = math.sqrt(share * (1 - share) * z + z * z / 4) / (1 + z)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    return max(min(middle - half, share), 0.0), min(max(middle + half, share), 1.0)  # rounding aside, share is inside
+
+
+def combined(values: Sequence[float], bounds: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The interval of the mean of independent values, from the interval of each (Zou and Donner 2008, "Construction of
+    confidence limits about effect measures")."""
+    middle, count = sum(values) / len(values), len(values)
+    below = math.hypot(*(value - low for value, (low, _) in zip(values, bounds, strict=True)))
+    above = math.hypot(*(high - value for value, (_, high) in zip(values, bounds, strict=True)))
+    return middle - below / count, middle + above / count

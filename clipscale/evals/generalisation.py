@@ -10,7 +10,7 @@ import torch
 
 from clipscale.data.evalset import EvalItem
 from clipscale.data.order import permutation
-from clipscale.evals.bootstrap import share_interval
+from clipscale.evals.bootstrap import share_interval, wilson
 from clipscale.evals.protocol import EvalContext
 from clipscale.evals.retrieval import Matches, recall
 from clipscale.evals.zeroshot import Classes, classify
@@ -81,20 +81,16 @@ class Question:
 
 
 def gap(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float, float]:
-    """Mean of Float64[N] hits less that of Float64[M], of other images, and its 95 % interval: from those of both
-    (Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10)."""
-    (low, value, high), (other_low, other_value, other_high) = _share(one), _share(other)
+    """Mean of Float64[N] hits less that of Float64[M], of other images, and its 95 % interval (Newcombe 1998, "Interval
+    estimation for the difference between independent proportions", method 10: from the Wilson intervals of both)."""
+    value, other_value = one.mean().item(), other.mean().item()
+    (low, high), (other_low, other_high) = wilson(value, len(one)), wilson(other_value, len(other))
     change = value - other_value
     return (
         change,
         change - math.hypot(value - low, other_high - other_value),
         change + math.hypot(high - value, other_value - other_low),
     )
-
-
-def _share(hits: torch.Tensor) -> tuple[float, float, float]:
-    low, high = share_interval(hits)
-    return low, hits.mean().item(), high
 
 
 def quarters(values: torch.Tensor) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from clipscale.evals.bootstrap import interval, wilson
+from clipscale.evals.bootstrap import combined, interval, wilson
 from clipscale.evals.scores import Floats, Ranked, calibration_error, class_recalls, macro_f1, mean
 
 Weights = Mapping[str, Floats]
@@ -60,8 +60,8 @@ class Outcome:
         return {}
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Of how many queries a score is the mean, for the scores that are one."""
+    def parts(self) -> Mapping[str, Sequence[Floats]]:
+        """Of a score that is a mean of means over queries, what is found of the queries of each of them."""
         return {}
 
     @property
@@ -100,13 +100,18 @@ class Classified(Outcome):
         return {"top1": 1 / count, "top5": min(5 / count, 1.0), "mean_per_class_recall": 1 / count}
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Means of means count as what they are means of; a worst group as the smallest one."""
-        found = dict.fromkeys(("top1", "top5", "mean_per_class_recall", "macro_f1"), self.sizes["samples"])
-        if "group" in self.arrays:
-            smallest = int(np.unique(self.arrays["group"], return_counts=True)[1].min())
-            found |= dict.fromkeys(("worst_group_top1", "worst_group_top5"), smallest)
-        return found
+    def parts(self) -> Mapping[str, Sequence[Floats]]:
+        """Hits of all samples, of each class, or of the worst group."""
+        found = self.arrays
+        of_class = [found["top1"][found["label"] == one] for one in np.unique(found["label"])]
+        same = np.ptp(found["top1"]) == 0  # else the F1 is no mean over samples
+        parts = {"top1": [found["top1"]], "top5": [found["top5"]], "mean_per_class_recall": of_class}
+        parts |= {"macro_f1": of_class} if same else {}
+        for k in ("top1", "top5") if "group" in found else ():
+            groups = [found[k][found["group"] == one] for one in np.unique(found["group"])]
+            # Of groups that are all right the smallest is the least known; of those all wrong one is known to be bad.
+            parts[f"worst_group_{k}"] = [min(groups, key=lambda hits: (hits.mean(), len(hits) * (hits.mean() or -1)))]
+        return parts
 
 
 class Labelled(Outcome):
@@ -160,9 +165,10 @@ class Retrieved(Outcome):
         return luck | {"mean_r1": (luck["i2t_r1"] + luck["t2i_r1"]) / 2}
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Images, or texts; for the mean of both, the fewer."""
-        return {name: len(self.arrays[name]) for name in self._names()} | {"mean_r1": min(self.sizes.values())}
+    def parts(self) -> Mapping[str, Sequence[Floats]]:
+        """Hits of images, or of texts."""
+        parts = {name: [self.arrays[name]] for name in self._names()}
+        return parts | {"mean_r1": [self.arrays["i2t_r1"], self.arrays["t2i_r1"]]}
 
     def _names(self) -> list[str]:
         return [name for name in self.arrays if not name.endswith("_chance")]
@@ -187,9 +193,10 @@ class Associated(Outcome):
         return {"jaccard": float(luck.mean())} | {name: float(luck[rows].mean()) for name, rows in self._parts.items()}
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Cues."""
-        return {"jaccard": self.sizes["samples"]} | {name: len(rows) for name, rows in self._parts.items()}
+    def parts(self) -> Mapping[str, Sequence[Floats]]:
+        """What was found of the cues."""
+        found = self.arrays["jaccard"]
+        return {"jaccard": [found]} | {name: [found[rows]] for name, rows in self._parts.items()}
 
     @cached_property
     def _parts(self) -> dict[str, NDArray[np.int64]]:
@@ -217,13 +224,14 @@ def intervals(drawn: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, fl
 
 
 def score_intervals(outcome: Outcome, drawn: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
-    """The :func:`intervals` of scores, ``drawn`` from :func:`resampled`; Wilson's of a mean over queries that are all
-    alike, from which a draw cannot differ. A score that chance has for certain is a point."""
+    """The :func:`intervals` of scores, ``drawn`` from :func:`resampled`; from Wilson's of a score's parts where the
+    queries of each part are alike, since to draw them again tells nothing. A score that must be 1 is a point."""
     found = intervals(drawn)
-    for name, count in outcome.counts.items():
-        low, high = found[name]
-        if low == high != outcome.chances.get(name):
-            found[name] = wilson(low, count)
+    for name, parts in outcome.parts.items():
+        if outcome.chances.get(name) != 1 and all(np.ptp(part) == 0 for part in parts):
+            values = [float(part[0]) for part in parts]
+            sizes = (len(part) for part in parts)
+            found[name] = combined(values, [wilson(*one) for one in zip(values, sizes, strict=True)])
     return found
 
 

@@ -25,7 +25,7 @@ from clipscale.cli import app
 from clipscale.errors import ClipscaleError, ConfigError, DataError
 from clipscale.evals import EvalContext
 from clipscale.evals.asked import Asked
-from clipscale.evals.outcomes import Labelled, digest
+from clipscale.evals.outcomes import Classified, Labelled, digest
 from clipscale.evals.prompts import template_sets, templates
 from tests import asked
 from tests.peers import small
@@ -270,7 +270,7 @@ def test_other_queries_are_not_compared(
     with pytest.raises(ConfigError, match="not asked the same queries"):
         show_results([], (tmp_path / "pairs.tar", tmp_path / "benchmark"), None, 5, False)
     show_results([tmp_path / "pairs.tar", tmp_path / "benchmark"], None, None, 5, True)
-    assert "warning: same: benchmark and pairs.tar were not asked the same queries" in capsys.readouterr().err
+    assert "warning: same of benchmark: other queries than pairs.tar was asked" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="holds no results"):
         read_results(sets)
 
@@ -295,6 +295,20 @@ def test_only_what_was_asked_the_same_is_compared() -> None:
             compare(one, wrong, 5)
     with pytest.raises(ConfigError, match="two has no ap/y; it has map, auroc, ap/x"):
         compare(results("one", [1, 0, float("nan")], 0.0, metric="ap/y"), other, 5)
+
+
+def test_a_few_that_all_agree_are_not_sure() -> None:
+    """Three of three are better, and six are a sign: as by the sign test, of p 0.25 and 0.03."""
+    for count, clear in ((1, False), (3, False), (5, False), (6, True)):
+        none, label = np.zeros(count), np.zeros(count, int)
+        runs = [
+            {"label": label, "answer": label, "top1": top1, "top5": none, "confidence": none}
+            for top1 in (none, none + 1)
+        ]
+        task = {"tasks": [{"name": "a", "metric": "top1", "kind": "zeroshot"}]}
+        first, second = (Results("run", task, {"a": Classified(found, ("x",) * 9, "")}) for found in runs)
+        (one,) = compare(first, second, 20)
+        assert one.change == one.high == 1 and one.is_clear == clear and (one.low > 0) == clear
 
 
 def test_the_mean_says_of_how_many(tmp_path: Path) -> None:

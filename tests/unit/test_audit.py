@@ -237,7 +237,8 @@ def test_the_command_tells_all_of_it(place: Path, tmp_path: Path, capsys: pytest
     (tmp_path / "audit.json").write_text(json.dumps(found))
     for group, row in found["captions"]["associations"].items():
         for attribute, one in row.items():
-            cells = f"| {group} | {attribute} | {one['both']} of {one['named']} | {one['log_odds']:+.2f} ["
+            odds = f"{one['log_odds']:+.2f} [" if one["named"] else ""
+            cells = f"| {group} | {attribute} | {one['both']} of {one['named']} | {odds}"
             assert cells.replace("<", "&lt;") in audit_section(tmp_path / "audit.json")
     text = (tmp_path / "audit.html").read_text()
     page = Page(text)

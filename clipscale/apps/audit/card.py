@@ -53,15 +53,16 @@ def _table(group: str, measured: Mapping[str, Any]) -> str:
 
 def _words(found: Mapping[str, Any]) -> str:
     lines = [
-        f"Words in {found['samples']:,} training captions. Log odds above 0: captions that name this group and no "
-        "other have the attribute more often than those that name others and not this one.",
+        f"Words in captions of {found['samples']:,} training samples ({found['without_caption']:,} more have none). "
+        "Log odds with 95 % intervals; above 0, captions that name this group and no other have the attribute more "
+        "often than those that name others and not this one.",
         "",
         "| group | attribute | captions with both | log odds |",
         "|---|---|---|---|",
     ]
     for group, row in found["associations"].items():
         for attribute, one in row.items():
-            odds = f"{one['log_odds']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]"
+            odds = f"{one['log_odds']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]" if one["named"] else ""
             lines.append(f"| {_plain(group)} | {_plain(attribute)} | {one['both']:,} of {one['named']:,} | {odds} |")
     return "\n".join(lines)
 

@@ -24,7 +24,7 @@ from clipscale.config.data import Data
 from clipscale.data.manifest import ShardFile
 from clipscale.errors import DataError
 
-BLOCK = 1 << 24  # pairs of an evaluation and a training image that are compared by their hashes in one go
+BLOCK = 1 << 22  # pairs of an evaluation and a training image that are compared by their hashes in one go
 PAIRS = 1 << 18  # of those whose hashes are alike, that are compared by their colours in one go
 
 
@@ -51,7 +51,7 @@ def contamination(
     """Write ``contamination.csv`` and ``.html``, ``contaminated.txt`` and ``clean.txt``, and print how much it is.
 
     The lists are of evaluation images, by ``shard/key``; an image that cannot be used is in neither. Memory is a
-    training shard's and the evaluation set's, less its pictures: some 300 bytes for each image.
+    training shard's and the evaluation set's, less its pictures, some 300 bytes for each image, and 300 MB beside.
     """
     files, config = open_shards(shards, output, overrides, "contamination", writes=False)
     held_out, _ = named_shards(against, overrides, "--against")
@@ -121,9 +121,9 @@ def best_copies(ours: Pictures, theirs: Pictures, distance: int) -> dict[int, tu
     step = max(1, BLOCK // max(1, len(ours.hash)))
     for start in range(0, len(theirs.hash), step):
         apart = np.bitwise_count(theirs.hash[start : start + step, None] ^ ours.hash[None])
-        close = np.argwhere(apart <= distance)
+        close = np.flatnonzero(apart <= distance)
         for first in range(0, len(close), PAIRS):  # thousands of blank images are alike all with all
-            rows, others = close[first : first + PAIRS].T
+            rows, others = np.divmod(close[first : first + PAIRS], len(ours.hash))
             images, bits = rows + start, apart[rows, others]
             near = (theirs.exact[images] != ours.exact[others]).any(axis=1)
             chosen = ~near | alike(theirs.cells[images], ours.cells[others], distance)

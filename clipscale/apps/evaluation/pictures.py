@@ -95,7 +95,7 @@ def draw_results(results: Sequence[Results], path: Path) -> None:
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8)
     level = results[0].content["level"]
-    axes.set_xlabel(f"score, with bootstrap interval ({level:.0%}); grey: chance", fontsize=8)
+    axes.set_xlabel(f"score, with {level:.0%} interval; grey: chance", fontsize=8)
     figure.legend(loc="outside upper left", ncols=3, fontsize=8, frameon=False)
     with whole(path) as file:
         figure.savefig(file, format="png", bbox_inches="tight")

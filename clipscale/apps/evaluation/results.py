@@ -18,7 +18,7 @@ from clipscale import __version__
 from clipscale.apps.evaluation.tasks import Answer
 from clipscale.apps.writing import whole
 from clipscale.errors import ConfigError, masked
-from clipscale.evals.bootstrap import LEVEL
+from clipscale.evals.bootstrap import LEVEL, combined
 from clipscale.evals.outcomes import OUTCOMES, Outcome, intervals, resampled, score_intervals
 
 RESULTS, OUTCOMES_FILE = "results.json", "outcomes.npz"
@@ -56,6 +56,8 @@ def summarise(where: str, answers: Sequence[Answer], resamples: int) -> dict[str
         known = [number for number, score in enumerate(mains) if score is not None]
         means = [_average([drawn[n][r][answers[n].metric] for n in known]) for r in range(resamples)]
         low, high = intervals([{AGGREGATE: value} for value in means])[AGGREGATE]
+        if low == high and known:  # no draw differed: each task's own interval tells more
+            low, high = combined([mains[n] for n in known], [tasks[n]["intervals"][answers[n].metric] for n in known])
         found[AGGREGATE] = {
             "score": _plain(_average([mains[n] for n in known])),
             "interval": [_plain(low), _plain(high)],
@@ -185,6 +187,8 @@ def compare(first: Results, second: Results, resamples: int) -> list[Difference]
         pairs = zip(resampled(one, resamples), resampled(other, resamples), strict=True)
         changes = [b[metric] - a[metric] for a, b in pairs]
         low, high = intervals([{metric: change} for change in changes])[metric]
+        if low == high and low:
+            low, high = sorted((low, low * _sure(min(one.sizes.values()))))
         difference = Difference(name, metric, one.scores(one.all)[metric], scores[metric], low, high)
         found.append(difference)
         if not math.isnan(difference.change):
@@ -193,6 +197,14 @@ def compare(first: Results, second: Results, resamples: int) -> list[Difference]
         raise ConfigError(f"{first.name} and {second.name} have no data set in common")
     if len(found) > 1 and drawn:
         low, high = intervals([{"": _average(row)} for row in zip(*(changes for _, changes in drawn), strict=True)])[""]
+        if low == high and low:
+            low, high = combined([one.change for one, _ in drawn], [(one.low, one.high) for one, _ in drawn])
         before, after = (_average([getattr(one, side) for one, _ in drawn]) for side in ("first", "second"))
         found.append(Difference(AGGREGATE, "mean", before, after, low, high))
     return found
+
+
+def _sure(pairs: int) -> float:
+    """Of a difference that all pairs agree on, the part that is sure: by the exact interval of how many of all pairs
+    would agree (Clopper and Pearson 1934). Below 0, of fewer than six pairs, not even its sign is."""
+    return 2 * ((1 - LEVEL) / 2) ** (1 / pairs) - 1

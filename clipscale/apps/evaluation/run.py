@@ -142,8 +142,8 @@ def _warn_of_other_queries(results: Sequence[Results]) -> None:
         first, *others = (one for one in results if name in one.tasks)
         odd = [one.name for one in others if not one.outcomes[name].same_queries(first.outcomes[name])]
         if odd:
-            who = f"{', '.join(odd)} and {first.name} were not asked the same queries"
-            print(f"warning: {name}: {who}; their scores cannot be compared", file=sys.stderr)
+            told = f"{', '.join(odd)}: other queries than {first.name} was asked; scores cannot be compared"
+            print(f"warning: {name} of {told}", file=sys.stderr)
 
 
 def _draw(results: Sequence[Results], plot: Path) -> None:

@@ -78,7 +78,7 @@ def _head(told: Mapping[str, Any], metric: str, count: int) -> str:
     )
     return (
         f'<h1>Generalising or memorising</h1><p class="soft">{escape(str(told["model"]))}</p>'
-        f'<div class="tiles">{shown}</div><p>{asked} Intervals are 95 % (bootstrap over images).</p>'
+        f'<div class="tiles">{shown}</div><p>{asked} Intervals are 95 %.</p>'
     )
 
 

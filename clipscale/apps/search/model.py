@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from PIL import Image
 
-from clipscale.apps.asking import check_device
+from clipscale.apps.devices import check_device
 from clipscale.checkpoint.loading import load
 from clipscale.data.samples import decode_image, eval_crop, preprocess
 from clipscale.data.tokenizer import Tokenizer
